@@ -1,0 +1,94 @@
+"""Runs one core function as a job: `python -m core.runs.job RUN_DIR`.
+
+The job's run.json names the function (`details.function`, "core.models.library:copy_model") and its arguments
+(`details.arguments`, JSON). The function gets them as keywords, plus `progress`. What it returns (JSON) goes to
+result.json; a DanluError goes to error.json and exit code 3. Anything else is a defect: a traceback in the log, exit code 1.
+"""
+
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from core.errors import DanluError, JobError
+from core.files import write_json
+from core.i18n import catalog
+from core.messages import Message
+from core.runs.directory import RunDirectory
+
+EXIT_OK: Final = 0
+EXIT_EXPLAINED: Final = 3
+_WRITE_EVERY_SECONDS: Final = 0.2
+
+
+class Progress:
+    """How far a job is. Writes progress.json at most five times a second; says when a person wants it to stop."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._started_at = time.time()
+        self._written_at = 0.0
+        self._phase: str | None = None
+
+    def update(self, done: float, total: float | None, message: Message, *, unit: str = "") -> None:
+        """Say that `done` of `total` (None: not known) is done. `unit`: "bytes", "rows", "tensors" or "".
+
+        Raises JobError `runs.cancelled` if a person asked to stop: let it pass through, clean up in `finally`.
+        """
+        self.check()
+        now = time.time()
+        is_last = total is not None and done >= total
+        if message.key == self._phase and not is_last and now - self._written_at < _WRITE_EVERY_SECONDS:
+            return
+        self._written_at, self._phase = now, message.key
+        write_json(
+            self._run.progress_file,
+            {"done": done, "total": total, "unit": unit, "message": message.to_json(), "started_at": self._started_at, "at": now},
+        )
+
+    def check(self) -> None:
+        """Raises JobError `runs.cancelled` if a person asked to stop."""
+        if self._run.stop_file.exists():
+            raise JobError("runs.cancelled")
+
+
+class SilentProgress(Progress):
+    """For tests and command lines: writes nothing, never stops."""
+
+    def __init__(self) -> None:
+        pass
+
+    def update(self, done: float, total: float | None, message: Message, *, unit: str = "") -> None:
+        del done, total, message, unit
+
+    def check(self) -> None:
+        pass
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """The function behind "core.room.module:function". Only functions of core can be named."""
+    module, _, attribute = name.partition(":")
+    if module.split(".")[0] != "core" or not attribute:
+        raise ValueError(f"not a function of core: {name!r}")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+def main(argv: list[str]) -> int:
+    run = RunDirectory(Path(argv[0]))
+    details = run.spec().details
+    try:
+        result = resolve(details["function"])(**details["arguments"], progress=Progress(run))
+    except DanluError as error:
+        what, next_step = catalog("en").explain(error)
+        print(f"{error.code}: {what} {next_step}", file=sys.stderr)
+        write_json(run.error_file, error.to_json())
+        return EXIT_EXPLAINED
+    write_json(run.result_file, result)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

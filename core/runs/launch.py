@@ -1,0 +1,71 @@
+"""Makes a run directory and starts its supervisor, detached. Knows no engine: the spec's argv says what runs."""
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from core.files import free_path, write_json
+from core.project import Project
+from core.runs.directory import RunDirectory, RunSpec
+
+_APP_ROOT: Final = Path(__file__).parents[2]
+
+
+def new_id(kind: str, parent: Path) -> str:
+    """A folder name that is free in `parent`: `<kind>_<YYYYmmdd_HHMMSS>`, local time."""
+    return free_path(parent / f"{kind}_{datetime.now().astimezone():%Y%m%d_%H%M%S}").name
+
+
+def now_utc() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def launch(parent: Path, spec: RunSpec) -> RunDirectory:
+    """Write run.json into the new folder `parent/spec.id` (or one already made for it) and start the supervisor in its own session.
+
+    The caller returns at once; nothing passes through a pipe. Raises MachineError if the folder cannot be written.
+    """
+    run = RunDirectory(parent / spec.id)
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_json(run.spec_file, spec.to_json())
+    with open(run.path / "supervisor.log", "ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "core.runs.supervisor", str(run.path)],
+            cwd=_APP_ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return run
+
+
+def start_job(
+    project: Project,
+    function: str,
+    *,
+    kind: str,
+    title: str,
+    arguments: Mapping[str, Any],
+    gpus: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    python: str = sys.executable,
+) -> RunDirectory:
+    """Start `function` ("core.models.library:copy_model") with `arguments` (JSON types) as a supervised job of `project`."""
+    run = RunDirectory(project.jobs / new_id(kind, project.jobs))
+    spec = RunSpec(
+        id=run.id,
+        kind=kind,
+        title=title,
+        argv=[python, "-m", "core.runs.job", str(run.path)],
+        cwd=str(_APP_ROOT),
+        env=dict(env or {}),
+        gpus=list(gpus),
+        created_at=now_utc(),
+        stop_seconds=20.0,
+        details={"function": function, "arguments": dict(arguments)},
+    )
+    return launch(project.jobs, spec)
