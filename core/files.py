@@ -19,7 +19,7 @@ def write_text(path: Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
         raise MachineError("files.cannot_write", path=str(path), reason=error.strerror or str(error)) from error
@@ -68,7 +68,10 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         raise MachineError(
-            "files.no_space", path=str(existing), needed_gib=round(needed_bytes / 2**30, 2), free_gib=round(free_bytes / 2**30, 2)
+            "files.no_space",
+            path=str(existing),
+            needed_gib=round(needed_bytes / 2**30, 2),
+            free_gib=round(free_bytes / 2**30, 2),
         )
 
 

@@ -22,7 +22,7 @@ _FOLDER: Final = Path(__file__).parent / "locales"
 class _Quiet(string.Formatter):
     """Leaves a placeholder without a value as it stands: a half sentence helps more than a traceback."""
 
-    def get_value(self, key: int | str, args: Any, kwargs: Any) -> Any:
+    def get_value(self, key: int | str, _args: Any, kwargs: Any) -> Any:
         return kwargs.get(str(key), "{" + str(key) + "}")
 
     def format_field(self, value: Any, format_spec: str) -> str:

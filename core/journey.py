@@ -7,7 +7,7 @@ from core.runs.directory import RunDirectory
 from core.runs.state import Phase, read_status
 
 
-class Progress(StrEnum):
+class StepState(StrEnum):
     """How far one step is."""
 
     OPEN = "open"
@@ -15,8 +15,8 @@ class Progress(StrEnum):
     DONE = "done"
 
 
-def steps(project: Project | None) -> dict[str, Progress]:
-    """Progress by page name."""
+def steps(project: Project | None) -> dict[str, StepState]:
+    """State of each step by page name; a page without a step is not named."""
     if project is None:
         return {}
     runs = train_runs(project)
@@ -28,7 +28,7 @@ def steps(project: Project | None) -> dict[str, Progress]:
         "dataset": _done(any(project.data.glob("*.json")) or any(project.data.glob("*.jsonl"))),
         "config": _done(any(project.config.glob("*.py"))),
         "launch": _done(bool(runs)),
-        "monitor": Progress.ACTIVE if any(phase.is_active for phase in phases) else _done(trained),
+        "monitor": StepState.ACTIVE if any(phase.is_active for phase in phases) else _done(trained),
         "export": _done(merged),
         "chat": _done(any(project.chat.glob("*.json"))),
     }
@@ -39,5 +39,5 @@ def train_runs(project: Project) -> list[RunDirectory]:
     return [RunDirectory(spec.parent) for spec in sorted(project.train.glob("*/run.json"))]
 
 
-def _done(is_done: bool) -> Progress:
-    return Progress.DONE if is_done else Progress.OPEN
+def _done(is_done: bool) -> StepState:
+    return StepState.DONE if is_done else StepState.OPEN

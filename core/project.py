@@ -83,7 +83,15 @@ def open_project(root: Path) -> Project:
     if not root.is_dir():
         raise InputError("project.not_a_folder", path=str(root))
     project = Project(root)
-    for folder in (project.data, project.model, project.config, project.train, project.huggingface, project.final_model, project.jobs):
+    for folder in (
+        project.data,
+        project.model,
+        project.config,
+        project.train,
+        project.huggingface,
+        project.final_model,
+        project.jobs,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
     mark = project.private / "project.json"
     if not mark.exists():

@@ -38,7 +38,9 @@ def gib(size_bytes: float) -> str:
     """Bytes for people: 1.2 GiB, 340 MiB, 12 KiB."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size_bytes >= factor:
-            return f"{size_bytes / factor:.1f} {unit}" if size_bytes < 10 * factor else f"{size_bytes / factor:.0f} {unit}"
+            return (
+                f"{size_bytes / factor:.1f} {unit}" if size_bytes < 10 * factor else f"{size_bytes / factor:.0f} {unit}"
+            )
     return f"{size_bytes:.0f} B"
 
 
