@@ -2,11 +2,12 @@
 
 import streamlit as st
 
-from pages.ui import shell, sidebar
+from pages.ui import projects, shell, sidebar
 from pages.ui.text import t
 
 st.set_page_config(page_title="Danlu 丹炉", page_icon="🔥", layout="wide", initial_sidebar_state="expanded")
 sidebar.choose_language()
+projects.choose_project()
 navigation = st.navigation(
     {
         t(f"shell.sections.{section}"): [

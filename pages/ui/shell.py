@@ -1,13 +1,14 @@
 """What every page stands in: the project in use and the way to the other pages."""
 
-from pathlib import Path
 from typing import Final
 
 import streamlit as st
 
-from core import settings as core_settings
-from core.project import Project, list_projects
+from core.project import Project
+from pages.ui.projects import current_project, project_forms, settings
 from pages.ui.text import t
+
+__all__ = ["ICONS", "PAGES", "SECTIONS", "current_project", "missing", "page_header", "require_project", "settings"]
 
 PAGES: Final = {
     "environment": "pages/prepare/environment.py",
@@ -39,36 +40,23 @@ SECTIONS: Final = {
 }
 
 
-def settings() -> core_settings.Settings:
-    return core_settings.load()
-
-
-def projects() -> dict[str, Project]:
-    """Projects by the name shown for them; two of the same name are told apart by their folder."""
-    found: dict[str, Project] = {}
-    for project in list_projects(settings().home):
-        found[project.name if project.name not in found else str(project.root)] = project
-    return found
-
-
-def current_project() -> Project | None:
-    """The project chosen in the sidebar, if there is one."""
-    root = st.session_state.get("project_root")
-    return Project(Path(root)) if root and Path(root).is_dir() else None
-
-
 def require_project() -> Project:
-    """The project in use; without one, the page says so and ends here."""
+    """The project in use; without one, the page welcomes, asks for one and ends here."""
     project = current_project()
     if project is None:
-        st.info(t("shell.no_project"), icon=":material/folder_open:")
+        st.title(t("shell.welcome"))
+        st.markdown(t("shell.welcome_text"))
+        left, _ = st.columns([3, 2])
+        with left, st.container(border=True):
+            st.markdown(t("shell.no_project"))
+            project_forms("welcome")
         st.stop()
     return project
 
 
 def page_header(name: str) -> None:
     """Title of the page and one line on what it is for."""
-    st.title(f"{t(f'shell.pages.{name}')}")
+    st.title(t(f"shell.pages.{name}"))
     st.caption(t(f"{name}.intro"))
 
 
