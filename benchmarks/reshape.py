@@ -1,0 +1,139 @@
+"""Reshaping a ZeRO checkpoint against copying it, in time and memory: 2 ranks → 4 → 2 on a synthetic ZeRO-2 checkpoint."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+from benchmarks.result import Result
+
+_LAYERS, _WIDTH = 24, 2048
+_RANKS = 2
+
+
+def run() -> Result:
+    with tempfile.TemporaryDirectory(dir=Path.home()) as home:
+        source = Path(home) / "source" / "iter_500.pth"
+        _in_child("write", str(source))
+        size_bytes = sum(file.stat().st_size for file in source.iterdir())
+        copy_seconds = min(_copy_seconds(source, Path(home) / "copy") for _ in range(2))
+        wide = _in_child("reshape", str(source), str(Path(home) / "wide" / "iter_500.pth"), str(2 * _RANKS))
+        back = _in_child(
+            "reshape", str(Path(home) / "wide" / "iter_500.pth"), str(Path(home) / "back" / "iter_500.pth"), str(_RANKS)
+        )
+    seconds = max(wide["seconds"], back["seconds"])
+    partition = size_bytes / _RANKS
+    figures = {
+        "checkpoint_gib": round(size_bytes / 2**30, 2),
+        "copy_seconds": round(copy_seconds, 2),
+        "reshape_and_verify_seconds": round(seconds, 2),
+        "ratio_to_copy": round(seconds / copy_seconds, 2),
+        "private_memory_in_partitions": round(max(wide["private_bytes"], back["private_bytes"]) / partition, 2),
+        "there_and_back_equal": int(wide["digest"] == back["digest"]),
+    }
+    return Result(
+        figures,
+        {"ratio_to_copy": ("<=", 2.0), "private_memory_in_partitions": ("<=", 2.1), "there_and_back_equal": ("==", 1)},
+    )
+
+
+def _copy_seconds(source: Path, target: Path) -> float:
+    shutil.rmtree(target, ignore_errors=True)
+    started = time.perf_counter()
+    shutil.copytree(source, target)
+    os.sync()
+    return time.perf_counter() - started
+
+
+def _in_child(*arguments: str) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.reshape", *arguments], check=True, capture_output=True, text=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def write_synthetic(folder: Path) -> None:
+    """A ZeRO-2 checkpoint of `_LAYERS` square matrices: what `_RANKS` ranks with AdamW would save, random numbers in it."""
+    import torch
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    shapes = OrderedDict((f"layers.{i}.weight", torch.Size((_WIDTH, _WIDTH))) for i in range(_LAYERS))
+    part = _LAYERS * _WIDTH * _WIDTH // _RANKS
+    config = {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "bf16": {"enabled": True}}
+    states = {
+        "module": OrderedDict((name, torch.zeros(shape, dtype=torch.bfloat16)) for name, shape in shapes.items()),
+        "param_shapes": [shapes],
+        "dp_world_size": _RANKS,
+        "mp_world_size": 1,
+        "ds_config": config,
+        "ds_version": "0.19.6",
+        "buffer_names": [],
+    }
+    folder.mkdir(parents=True)
+    torch.save(states, folder / "mp_rank_00_model_states.pt")
+    for rank in range(_RANKS):
+        moments = {"step": torch.tensor(500.0), "exp_avg": torch.rand(part), "exp_avg_sq": torch.rand(part)}
+        optimizer = {
+            "zero_stage": ZeroStageEnum(2),
+            "base_optimizer_state": {"state": {0: moments}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+            "single_partition_of_fp32_groups": [torch.rand(part)],
+            "group_paddings": [0],
+            "partition_count": [_RANKS],
+            "clip_grad": 1.0,
+        }
+        torch.save(
+            {"optimizer_state_dict": optimizer, "ds_config": config, "ds_version": "0.19.6"},
+            folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+        )
+
+
+def _reshape(source: str, target: str, ranks: int) -> dict[str, float | str]:
+    import deepspeed  # noqa: F401
+    import torch  # noqa: F401  its import is not part of the work, and not of its memory
+
+    from core.checkpoints.reshape import reshape
+    from core.runs.job import SilentProgress
+
+    before = _private_bytes()
+    peak = [before]
+    is_over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(peak, is_over))
+    watcher.start()
+    started = time.perf_counter()
+    result = reshape(source, target, ranks, progress=SilentProgress())
+    os.sync()
+    seconds = time.perf_counter() - started
+    is_over.set()
+    watcher.join()
+    return {"seconds": seconds, "digest": result["digest"], "private_bytes": peak[0] - before}
+
+
+def _watch(peak: list[int], is_over: threading.Event) -> None:
+    while not is_over.wait(0.02):
+        peak[0] = max(peak[0], _private_bytes())
+
+
+def _private_bytes() -> int:
+    """Anonymous memory of this process now; pages of mapped files are the kernel's to drop and do not count."""
+    return _status("RssAnon")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if sys.argv[1] == "write":
+        write_synthetic(Path(sys.argv[2]))
+        print("{}")
+    else:
+        print(json.dumps(_reshape(sys.argv[2], sys.argv[3], int(sys.argv[4]))))
