@@ -6,6 +6,7 @@ result.json; a DanluError goes to error.json and exit code 3. Anything else is a
 """
 
 import importlib
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -45,7 +46,14 @@ class Progress:
         self._written_at, self._phase = now, message.key
         write_json(
             self._run.progress_file,
-            {"done": done, "total": total, "unit": unit, "message": message.to_json(), "started_at": self._started_at, "at": now},
+            {
+                "done": done,
+                "total": total,
+                "unit": unit,
+                "message": message.to_json(),
+                "started_at": self._started_at,
+                "at": now,
+            },
         )
 
     def check(self) -> None:
@@ -79,6 +87,7 @@ def resolve(name: str) -> Callable[..., Any]:
 def main(argv: list[str]) -> int:
     run = RunDirectory(Path(argv[0]))
     details = run.spec().details
+    signal.signal(signal.SIGTERM, _cancel)
     try:
         result = resolve(details["function"])(**details["arguments"], progress=Progress(run))
     except DanluError as error:
@@ -88,6 +97,12 @@ def main(argv: list[str]) -> int:
         return EXIT_EXPLAINED
     write_json(run.result_file, result)
     return EXIT_OK
+
+
+def _cancel(*_: object) -> None:
+    """SIGTERM ends a job like any error does, so that it cleans up what it has half written."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise JobError("runs.cancelled")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Makes a run directory and starts its supervisor, detached. Knows no engine: the spec's argv says what runs."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -7,11 +8,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from core.errors import MachineError
 from core.files import free_path, write_json
 from core.project import Project
 from core.runs.directory import RunDirectory, RunSpec
+from core.runs.processes import RUN_VARIABLE
+from core.runs.state import SUPERVISOR_MODULE
 
 _APP_ROOT: Final = Path(__file__).parents[2]
+_START_SECONDS: Final = 60.0
 
 
 def new_id(kind: str, parent: Path) -> str:
@@ -28,19 +33,38 @@ def launch(parent: Path, spec: RunSpec) -> RunDirectory:
 
     The caller returns at once; nothing passes through a pipe. Raises MachineError if the folder cannot be written.
     """
-    run = RunDirectory(parent / spec.id)
+    run = RunDirectory(parent.absolute() / spec.id)
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.spec_file, spec.to_json())
-    with open(run.path / "supervisor.log", "ab") as log:
-        subprocess.Popen(
-            [sys.executable, "-m", "core.runs.supervisor", str(run.path)],
-            cwd=_APP_ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    start_supervisor(run)
     return run
+
+
+def start_supervisor(run: RunDirectory, *, is_adopting: bool = False) -> None:
+    """Start the supervisor of `run`, or one that takes over a run whose supervisor was killed. Returns once it stands.
+
+    The process started here ends at once and leaves the supervisor to init, so the server has no child to wait for.
+    Raises MachineError if the supervisor cannot begin.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != RUN_VARIABLE}
+    log_file = run.path / "supervisor.log"
+    try:
+        with open(log_file, "ab") as log:
+            code = subprocess.run(
+                [sys.executable, "-m", SUPERVISOR_MODULE, *(["--adopt"] if is_adopting else []), str(run.path)],
+                cwd=_APP_ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                timeout=_START_SECONDS,
+                check=False,
+            ).returncode
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MachineError("runs.no_supervisor", path=str(log_file), reason=str(error)) from error
+    if code:
+        raise MachineError("runs.no_supervisor", path=str(log_file), reason=f"exit code {code}")
 
 
 def start_job(

@@ -1,9 +1,21 @@
 """What a run is doing, derived from its files and processes each time it is asked. Keeps nothing."""
 
+import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Final
 
+from core.runs import processes
 from core.runs.directory import RunDirectory
+from core.runs.processes import ProcessIdentity
+
+_START_SECONDS: Final = 30.0
+"""How long a supervisor may take to write its first state.json."""
+_QUIET_SECONDS: Final = 120.0
+"""A work dir that was not made by the app counts as running while its files are younger than this."""
+SUPERVISOR_MODULE: Final = "core.runs.supervisor"
 
 
 class Phase(StrEnum):
@@ -39,7 +51,112 @@ class RunStatus:
     ended_at: float | None = None
     exit_code: int | None = None
     signal: int | None = None
+    is_supervised: bool = True
+    """False: the process lives, but its supervisor was killed; its exit code will stay unknown."""
+    stop_mode: str | None = None
+    """`save` or `cancel`, once a person asked for it and the supervisor has seen it."""
+    stop_requested_at: float | None = None
+    oom_kills: int = 0
+    """Processes that the kernel's OOM killer ended on this machine while the run lived."""
+    supervisor_pid: int | None = None
+
+    def elapsed_seconds(self, now: float | None = None) -> float | None:
+        """From the start to the end, or to now while it lives."""
+        if self.started_at is None:
+            return None
+        end = self.ended_at
+        if end is None:
+            end = (time.time() if now is None else now) if self.phase.is_active else self.started_at
+        return max(0.0, end - self.started_at)
 
 
-def read_status(run: RunDirectory) -> RunStatus:
-    raise NotImplementedError
+def read_status(run: RunDirectory, is_alive: Callable[[ProcessIdentity], bool] = ProcessIdentity.is_alive) -> RunStatus:
+    """What `run` is doing now. Never raises: a directory that cannot be read is LOST."""
+    state = _read_state(run)
+    if state is None:
+        return _without_state(run)
+    try:
+        return _from_state(state, is_alive)
+    except (KeyError, TypeError, ValueError):
+        return _without_state(run)
+
+
+def process_identity(run: RunDirectory) -> ProcessIdentity | None:
+    """The run's first process as the supervisor recorded it, alive or not."""
+    state = _read_state(run) or {}
+    process = state.get("process")
+    return ProcessIdentity.from_json(process) if process else None
+
+
+def find_supervisor(run: RunDirectory) -> int | None:
+    """Pid of a living supervisor of `run`, found by its command line: for when state.json is missing or broken."""
+    path = str(run.path)
+    for stat in processes.all_processes():
+        arguments = processes.command_line(stat.pid)
+        if not stat.is_zombie and SUPERVISOR_MODULE in arguments and path in arguments:
+            return stat.pid
+    return None
+
+
+def _read_state(run: RunDirectory) -> dict[str, Any] | None:
+    try:
+        value = json.loads(run.state_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _from_state(state: dict[str, Any], is_alive: Callable[[ProcessIdentity], bool]) -> RunStatus:
+    phase = Phase(state["phase"])
+    stop = state.get("stop") or {}
+    process = ProcessIdentity.from_json(state["process"]) if state.get("process") else None
+    supervisor = ProcessIdentity.from_json(state["supervisor"])
+    is_supervised, pid = True, None
+    if phase.is_active:
+        is_process_alive = process is not None and is_alive(process)
+        is_supervised = is_alive(supervisor)
+        pid = process.pid if process is not None and is_process_alive else None
+        if not is_supervised:
+            phase = Phase.LOST if not is_process_alive else (Phase.STOPPING if stop else Phase.RUNNING)
+    return RunStatus(
+        phase=phase,
+        pid=pid,
+        started_at=state.get("started_at"),
+        ended_at=state.get("ended_at"),
+        exit_code=state.get("exit_code"),
+        signal=state.get("signal"),
+        is_supervised=is_supervised,
+        stop_mode=stop.get("mode"),
+        stop_requested_at=stop.get("requested_at"),
+        oom_kills=int(state.get("oom_kills") or 0),
+        supervisor_pid=supervisor.pid if phase.is_active and is_supervised else None,
+    )
+
+
+def _without_state(run: RunDirectory) -> RunStatus:
+    try:
+        written_at = run.spec_file.stat().st_mtime
+    except OSError:
+        return _of_work_dir(run)
+    supervisor = find_supervisor(run)
+    if supervisor is not None:
+        return RunStatus(Phase.RUNNING, started_at=written_at, supervisor_pid=supervisor)
+    leader = next(iter(processes.marked(str(run.path))), None)
+    if leader is not None:
+        return RunStatus(Phase.RUNNING, pid=leader.pid, started_at=written_at, is_supervised=False)
+    is_young = 0 <= time.time() - written_at < _START_SECONDS
+    return RunStatus(Phase.STARTING if is_young else Phase.LOST, started_at=written_at)
+
+
+def _of_work_dir(run: RunDirectory) -> RunStatus:
+    """A work dir made by hand with `xtuner train`: nobody recorded its process, so the age of its files has to do."""
+    try:
+        times = [file.stat().st_mtime for file in run.path.glob("*/vis_data/scalars.json")]
+    except OSError:
+        times = []
+    if not times:
+        return RunStatus(Phase.LOST, is_supervised=False)
+    last = max(times)
+    if time.time() - last < _QUIET_SECONDS:
+        return RunStatus(Phase.RUNNING, started_at=min(times), is_supervised=False)
+    return RunStatus(Phase.FINISHED, ended_at=last, is_supervised=False)

@@ -1,0 +1,90 @@
+"""Reads what a run wrote beside its metrics: sample answers and the samples of GPUs and machine. Knows no charts."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.runs.directory import RunDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class SampleAnswer:
+    """What the model answered to a fixed prompt at one iteration."""
+
+    iteration: int
+    prompt: str
+    system: str
+    answer: str
+
+
+class LineReader:
+    """Follows a JSON-lines file: each `refresh()` reads what was added, whole lines only. Several threads may call it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._offset = self._inode = 0
+        self._values: list[dict[str, Any]] = []
+
+    def refresh(self) -> list[dict[str, Any]]:
+        """All objects so far; a new list each time. A file that was replaced or cut is read anew."""
+        with self._lock:
+            try:
+                with open(self._path, "rb") as stream:
+                    status = self._path.stat()
+                    if status.st_size < self._offset or self._inode not in (0, status.st_ino):
+                        self._offset, self._values = 0, []
+                    self._inode = status.st_ino
+                    stream.seek(self._offset)
+                    block = stream.read()
+            except OSError:
+                return list(self._values)
+            end = block.rfind(b"\n") + 1
+            self._offset += end
+            self._values += [value for line in block[:end].splitlines() if (value := _object(line)) is not None]
+            return list(self._values)
+
+
+def read_answers(run: RunDirectory) -> list[SampleAnswer]:
+    """Sample answers in their order; of an iteration that a resume repeated, the newest."""
+    rows: dict[tuple[int, str], SampleAnswer] = {}
+    for value in LineReader(run.samples_file).refresh():
+        try:
+            answer = SampleAnswer(
+                int(value["iteration"]), str(value["prompt"]), str(value.get("system") or ""), str(value["answer"])
+            )
+        except (KeyError, TypeError, ValueError):
+            continue
+        rows[answer.iteration, answer.prompt] = answer
+    return sorted(rows.values(), key=lambda answer: answer.iteration)
+
+
+def gpu_series(samples: list[dict[str, Any]], field: str) -> dict[str, list[tuple[float, float]]]:
+    """One GPU sensor over time: name of the GPU → (Unix seconds, value) where the sensor answered."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for sample in samples:
+        for gpu in sample.get("gpus") or []:
+            value = gpu.get(field)
+            if isinstance(value, int | float):
+                series.setdefault(f"GPU {gpu.get('index')}", []).append((float(sample["at"]), float(value)))
+    return series
+
+
+def machine_series(
+    samples: list[dict[str, Any]], field: str, scale: Callable[[float], float] = float
+) -> list[tuple[float, float]]:
+    """One sensor of the machine over time: (Unix seconds, value) where it answered."""
+    return [
+        (float(sample["at"]), scale(value)) for sample in samples if isinstance(value := sample.get(field), int | float)
+    ]
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("at", 0), int | float) else None

@@ -1,0 +1,79 @@
+"""Runs of the echo trainer, in a project of their own."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from core.project import Project, open_project
+from core.runs import processes
+from core.runs.directory import RunDirectory, RunSpec
+from core.runs.launch import launch, new_id, now_utc
+from core.runs.state import Phase, RunStatus, read_status
+
+TRAINER = Path(__file__).with_name("echo_trainer.py")
+Start = Callable[..., RunDirectory]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    root = tmp_path / "project"
+    root.mkdir()
+    return open_project(root)
+
+
+@pytest.fixture
+def start(project: Project) -> Iterator[Start]:
+    """Launch the echo trainer with these arguments; whatever is left of it dies with the test."""
+    runs: list[RunDirectory] = []
+
+    def begin(*arguments: str, stop_seconds: float = 5.0, argv: list[str] | None = None) -> RunDirectory:
+        run = RunDirectory(project.train / new_id("train", project.train))
+        runs.append(run)
+        run.path.mkdir()
+        return launch(
+            project.train,
+            RunSpec(
+                id=run.id,
+                kind="train",
+                title="echo",
+                argv=argv or [sys.executable, str(TRAINER), str(run.path), *arguments],
+                cwd=str(project.root),
+                created_at=now_utc(),
+                stop_seconds=stop_seconds,
+            ),
+        )
+
+    yield begin
+    for run in runs:
+        pids = [stat.pid for stat in processes.marked(str(run.path))]
+        supervisor = read_status(run).supervisor_pid
+        processes.send([*pids, *([supervisor] if supervisor else [])], signal.SIGKILL)
+
+
+def wait_for(run: RunDirectory, *phases: Phase, timeout_seconds: float = 20.0) -> RunStatus:
+    """The status of `run` once it is in one of `phases`."""
+    deadline = time.monotonic() + timeout_seconds
+    while (status := read_status(run)).phase not in phases:
+        assert time.monotonic() < deadline, f"{status} after {timeout_seconds} s; {log_of(run)}"
+        time.sleep(0.02)
+    return status
+
+
+def wait_until(is_true: Callable[[], bool], timeout_seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def log_of(run: RunDirectory) -> str:
+    return run.log_file.read_text(encoding="utf-8") if run.log_file.exists() else ""
+
+
+def is_alive(pid: int) -> bool:
+    stat = processes.read_stat(pid)
+    return stat is not None and not stat.is_zombie
