@@ -1,0 +1,227 @@
+"""Checks of how it trains: schedule, precision, method, DeepSpeed, checkpoints, attention."""
+
+import ast
+import builtins
+import importlib.util
+from collections.abc import Iterator
+from functools import partial
+from typing import Final
+
+from core.config.edits import method_of, without_warmup
+from core.config.findings import Check, Context, Finding, Severity, found, iterations_per_epoch, number
+from core.config.imports import bound_names
+from core.config.source import ConfigSource
+from core.config.values import Code
+
+_USUAL_LR: Final = {"qlora": (2e-5, 1e-3), "lora": (2e-5, 1e-3), "full": (1e-6, 1e-4)}
+_BYTES_PER_WEIGHT_SAVED: Final = {"full": 8.0, "lora": 0.15, "qlora": 0.4}
+"""Bytes of one checkpoint per byte of half-precision base weights: full keeps fp32 weights and two Adam moments; LoRA a few percent."""
+
+
+def check_warmup(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """`int(warmup_ratio * max_epochs * iterations)` of 0 gives mmengine a scheduler that ends where it begins: ValueError."""
+    iterations = iterations_per_epoch(source, context)
+    if iterations is None or not source.has("param_scheduler[LinearLR].end"):
+        return
+    end = source.effective("param_scheduler[LinearLR].end")
+    if not isinstance(end, int | float) or source.effective("param_scheduler[LinearLR].by_epoch") is False:
+        return
+    if int(end * iterations[0]) == 0:
+        severity = Severity.ERROR if int(end * iterations[1]) == 0 else Severity.WARNING
+        line = source.line_of("param_scheduler[LinearLR]")
+        yield found("warmup_zero", severity, line=line, fix=without_warmup, low=iterations[0], high=iterations[1])
+
+
+def check_save_steps(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """A checkpoint between two optimizer steps loses the gradients gathered so far; steps here are micro-steps."""
+    steps, counts = number(source, "save_steps", 0), number(source, "accumulative_counts", 1)
+    if steps and counts and steps % counts:
+        rounded = int(max(counts, round(steps / counts) * counts))
+        fix = lambda edited: edited.set("save_steps", rounded)  # noqa: E731
+        line = source.line_of("save_steps")
+        yield found(
+            "save_steps", Severity.WARNING, line=line, fix=fix, steps=int(steps), counts=int(counts), rounded=rounded
+        )
+    iterations = iterations_per_epoch(source, context)
+    if iterations is None:
+        return
+    fewest, most = (count * number(source, "max_epochs", 1) for count in iterations)
+    if counts > most:
+        fewer = max(1, int(fewest) // 10)
+        fix = lambda edited: edited.set("accumulative_counts", fewer)  # noqa: E731
+        line = source.line_of("accumulative_counts")
+        yield found(
+            "no_optimizer_step", Severity.ERROR, line=line, fix=fix, counts=int(counts), most=int(most), fewer=fewer
+        )
+
+
+def check_varlen(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """Variable-length attention and sequence parallelism need flash-attn and packing."""
+    if source.effective("use_varlen_attn") is True and not context.machine.has_flash_attention:
+        fix = lambda edited: edited.set("use_varlen_attn", False)  # noqa: E731
+        yield found("varlen", Severity.ERROR, line=source.line_of("use_varlen_attn"), fix=fix)
+    size = int(number(source, "sequence_parallel_size", 1))
+    if size > 1 and (not context.machine.has_flash_attention or context.world_size % size):
+        fix = lambda edited: edited.set("sequence_parallel_size", 1)  # noqa: E731
+        line = source.line_of("sequence_parallel_size")
+        yield found("sequence_parallel", Severity.ERROR, line=line, fix=fix, size=size, world_size=context.world_size)
+
+
+def check_precision(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """The dtype of AMP fits the hardware; float16 loss scaling cannot unscale weights that are bfloat16."""
+    amp, line = source.get("optim_wrapper.dtype", None), source.line_of("optim_wrapper.dtype")
+    weights = str(source.get("model.llm.torch_dtype", None)).rpartition(".")[2]
+    if context.deepspeed is not None:
+        return
+    if context.machine.gpu_count and context.machine.supports_bf16 is False and "bfloat16" in {amp, weights}:
+        yield found("no_bf16", Severity.ERROR, line=line or source.line_of("model.llm.torch_dtype"), fix=_to_float16)
+    elif context.machine.supports_bf16 and amp == "float16":
+        yield found("prefer_bf16", Severity.ADVICE, line=line, fix=_to_bfloat16)
+    if method_of(source) == "full" and weights in {"float16", "bfloat16"} and amp == "float16":
+        yield found("fp16_full", Severity.ERROR, line=line, fix=_to_bfloat16)
+
+
+def check_quantization(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """QLoRA needs bitsandbytes, and no ZeRO-3: 4-bit weights cannot be split by it."""
+    if method_of(source) != "qlora":
+        return
+    line = source.line_of("model.llm.quantization_config")
+    drop = lambda edited: edited.delete("model.llm.quantization_config")  # noqa: E731
+    if not context.machine.has_bitsandbytes:
+        yield found("no_bitsandbytes", Severity.ERROR, line=line, fix=drop)
+    elif not context.machine.gpu_count:
+        yield found("qlora_on_cpu", Severity.WARNING, line=line, fix=drop)
+    if context.deepspeed and "zero3" in context.deepspeed:
+        yield found("qlora_zero3", Severity.ERROR, line=line, deepspeed=context.deepspeed)
+    if context.model is not None and context.model.is_quantized:
+        yield found("quantized_twice", Severity.ERROR, line=line, fix=drop)
+
+
+def check_full(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """Full fine-tuning on GPUs is meant for DeepSpeed: without it optimizer states are not split."""
+    if method_of(source) == "full" and context.machine.gpu_count and context.deepspeed is None:
+        yield found("full_without_deepspeed", Severity.WARNING)
+
+
+def check_deepspeed(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """DeepSpeed 0.15.2–0.18.9 drops all micro-batches but first and last with optimizer offload and accumulation over 2."""
+    version, counts = context.machine.deepspeed_version, number(source, "accumulative_counts", 1)
+    if context.deepspeed is None:
+        return
+    if version is None:
+        yield found("no_deepspeed", Severity.ERROR, deepspeed=context.deepspeed)
+    elif (
+        "offload" in context.deepspeed
+        and "zero3" not in context.deepspeed
+        and counts > 2
+        and (0, 15, 2) <= _parts(version) <= (0, 18, 9)
+    ):
+        yield found("offload_drops", Severity.ERROR, version=version, counts=int(counts))
+
+
+def check_learning_rate(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    del context
+    method, rate = method_of(source), source.effective("lr")
+    low, high = _USUAL_LR[method]
+    if isinstance(rate, int | float) and not low <= rate <= high:
+        usual = 2e-5 if method == "full" else 2e-4
+        fix = lambda edited: edited.set("lr", usual)  # noqa: E731
+        line = source.line_of("lr")
+        yield found(
+            "learning_rate",
+            Severity.WARNING,
+            line=line,
+            fix=fix,
+            rate=f"{rate:g}",
+            low=f"{low:g}",
+            high=f"{high:g}",
+            usual=f"{usual:g}",
+        )
+
+
+def check_attention(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """InternLM2's own code falls back to eager attention where flash-attn is missing, unless told."""
+    if context.model is None or not context.model.is_internlm2 or context.machine.has_flash_attention:
+        return
+    if source.get("model.llm.attn_implementation", None) is None and source.has("model.llm"):
+        fix = lambda edited: edited.set("model.llm.attn_implementation", "sdpa")  # noqa: E731
+        yield found("eager_attention", Severity.WARNING, line=source.line_of("model.llm"), fix=fix)
+
+
+def check_names(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """Variables `input` and `round` collide with the fields of the prompt template in XTuner's chat hook."""
+    del context
+    for name in ("input", "round"):
+        if source.has(name):
+            yield found("reserved_name", Severity.ERROR, line=source.line_of(name), name=name)
+
+
+def check_imports(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """Every imported package is installed, and every name of a map function or class is bound."""
+    del context
+    for statement in source.tree.module.body:
+        if isinstance(statement, ast.ImportFrom) and statement.module and statement.level == 0:
+            package = statement.module.partition(".")[0]
+            if importlib.util.find_spec(package) is None:
+                yield found("package_missing", Severity.ERROR, line=statement.lineno, package=package)
+    bound = bound_names(source.tree) | set(dir(builtins))
+    bound |= {
+        node.id
+        for node in ast.walk(source.tree.module)
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
+    }
+    bound |= {node.arg for node in ast.walk(source.tree.module) if isinstance(node, ast.arg)}
+    for node in ast.walk(source.tree.module):
+        if isinstance(node, ast.Name) and node.id not in bound:
+            yield found("unknown_name", Severity.ERROR, line=node.lineno, name=node.id)
+
+
+def check_disk(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """Room for `save_total_limit` checkpoints, and one more while the oldest is not yet deleted."""
+    free, model, keep = context.machine.free_bytes, context.model, int(number(source, "save_total_limit", 2))
+    if free is None or model is None or not model.weight_bytes:
+        return
+    one = model.weight_bytes * _BYTES_PER_WEIGHT_SAVED[method_of(source)]
+    needed = one * (keep + 1 if keep > 0 else 3)
+    if needed > free:
+        line = source.line_of("save_total_limit")
+        needed_gib, free_gib = round(needed / 2**30, 1), round(free / 2**30, 1)
+        yield found("disk", Severity.ERROR, line=line, keep=keep, needed_gib=needed_gib, free_gib=free_gib)
+    elif keep <= 0:
+        fix = lambda edited: edited.set("save_total_limit", 3)  # noqa: E731
+        yield found("keep_all", Severity.ADVICE, line=source.line_of("save_total_limit"), fix=fix)
+
+
+TRAINING_CHECKS: Final[tuple[Check, ...]] = (
+    check_imports,
+    check_names,
+    check_warmup,
+    check_save_steps,
+    check_varlen,
+    check_precision,
+    check_quantization,
+    check_full,
+    check_deepspeed,
+    check_learning_rate,
+    check_attention,
+    check_disk,
+)
+
+
+def _precision(source: ConfigSource, name: str) -> ConfigSource:
+    if source.has("optim_wrapper.dtype"):
+        source = source.set("optim_wrapper.dtype", name)
+    if name == "bfloat16" and source.has("optim_wrapper.loss_scale"):
+        source = source.delete("optim_wrapper.loss_scale")
+    for path in ("model.llm.torch_dtype", "model.llm.quantization_config.bnb_4bit_compute_dtype"):
+        if source.has(path):
+            source = source.set(path, Code(f"torch.{name}"))
+    return source
+
+
+_to_float16 = partial(_precision, name="float16")
+_to_bfloat16 = partial(_precision, name="bfloat16")
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.partition("+")[0].split(".")[:3] if part.isdigit())
