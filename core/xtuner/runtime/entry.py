@@ -1,0 +1,180 @@
+"""One process of the trainer: `python -m torch.distributed.run … -m core.xtuner.runtime.entry RUN_DIR`.
+
+Loads the run's own copy of the config, puts the app's hooks and patches in, and lets XTuner train. Exit codes: 0 trained or
+stopped on request, 3 an explained error (error.json), anything else a defect with its traceback in the log.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from core.errors import DanluError
+from core.files import write_json
+from core.i18n import catalog
+from core.runs.directory import RunDirectory
+from core.xtuner.runtime import compat, failures
+
+_HOOKS: Final = "core.xtuner.runtime"
+_EXIT_EXPLAINED: Final = 3
+
+
+def main(argv: list[str]) -> int:
+    run = RunDirectory(Path(argv[0]))
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        train(run)
+    except Exception as error:
+        explained = error if isinstance(error, DanluError) else failures.explain(error)
+        if explained is None:
+            raise
+        if not isinstance(error, DanluError):
+            failures.print_traceback(error)
+        what, next_step = catalog("en").explain(explained)
+        print(f"{explained.code}: {what} {next_step}", file=sys.stderr, flush=True)
+        if is_main or not run.error_file.exists():
+            write_json(run.error_file, explained.to_json())
+        return _EXIT_EXPLAINED
+    finally:
+        _leave_group()
+    return 0
+
+
+def train(run: RunDirectory) -> None:
+    """Train as run.json says, in this process. Raises whatever XTuner raises."""
+    details = run.spec().details
+    from mmengine.config import Config
+    from xtuner.tools import train as xtuner_train
+
+    config = Config.fromfile(str(run.source / f"{details['config']['name']}.py"))
+    prepare(config, run, details)
+    _join_group(details)
+    sys.argv = _xtuner_argv(run, details)
+    # XTuner reads the config from its path; it must get the prepared one.
+    xtuner_train.Config = _Prepared(config)
+    xtuner_train.main()
+
+
+def prepare(config: Any, run: RunDirectory, details: dict[str, Any]) -> None:
+    """Put patches, hooks and the speed layer into the loaded config."""
+    import torch
+
+    facts = compat.Facts(
+        is_cpu=not torch.cuda.is_available(),
+        world_size=details["world_size"],
+        deepspeed=details.get("deepspeed"),
+        model_type=details["base_model"].get("model_type", ""),
+        rows=sum(data["rows"] for data in details["data"])
+        if all(data.get("rows") for data in details["data"])
+        else None,
+    )
+    for patch in compat.apply(config, facts):
+        _say(f"patch {patch.name} ({patch.versions}): {patch.reason}")
+    insert_hooks(config, run)
+    if details.get("speed") not in (None, "off"):
+        _speed_up(config, details)
+
+
+def insert_hooks(config: Any, run: RunDirectory) -> None:
+    """Our hooks in place of XTuner's chat evaluation and mmengine's checkpoint hook, and two of our own."""
+    folder = str(run.path)
+    if config.get("custom_hooks") is None:
+        config.custom_hooks = []
+    for hook in config.custom_hooks:
+        if compat.type_name(hook["type"]) == "EvaluateChatHook" and not hook.get("evaluation_images"):
+            hook["type"], hook["run"] = f"{_HOOKS}.samples.SampleHook", folder
+    accumulation = int(config.optim_wrapper.get("accumulative_counts", 1))
+    config.custom_hooks.append({"type": f"{_HOOKS}.hooks.LiveHook", "run": folder})
+    config.custom_hooks.append({"type": f"{_HOOKS}.hooks.StopHook", "run": folder, "accumulation": accumulation})
+    if config.get("default_hooks") is None:
+        config.default_hooks = {}
+    checkpoint = config.default_hooks.setdefault("checkpoint", {"by_epoch": False, "interval": 500})
+    checkpoint["type"] = f"{_HOOKS}.checkpoint.WholeCheckpointHook"
+
+
+class _Prepared:
+    """Stands in for mmengine's Config where XTuner loads the file."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def fromfile(self, _path: str) -> Any:
+        return self._config
+
+
+def _speed_up(config: Any, details: dict[str, Any]) -> None:
+    from core.xtuner.runtime.speed import install, parts
+
+    wish = parts.Wish.from_json(details["speed"])
+    if details.get("deepspeed"):
+        wish = parts.Wish(wish.parts - {parts.OPTIMIZER}, wish.tokens_per_pass, wish.memory_limit_bytes)
+    install.prepare(config, wish)
+
+
+def _xtuner_argv(run: RunDirectory, details: dict[str, Any]) -> list[str]:
+    argv = ["train", str(run.source / f"{details['config']['name']}.py"), "--work-dir", str(run.path)]
+    # One rank without DeepSpeed needs no DistributedDataParallel, which would hold every gradient twice.
+    needs_group = details["world_size"] > 1 or details.get("deepspeed")
+    argv += ["--launcher", "pytorch" if needs_group else "none"]
+    if details.get("seed") is not None:
+        argv += ["--seed", str(details["seed"])]
+    if details.get("deepspeed"):
+        argv += ["--deepspeed", str(run.path / "deepspeed.json")]
+        _write_deepspeed(run, details["deepspeed"])
+    if details.get("resume"):
+        argv += ["--resume", details["resume"]]
+    return argv
+
+
+def _write_deepspeed(run: RunDirectory, name: str) -> None:
+    """XTuner's own DeepSpeed config; on CPU in float32, because it would take the CPU for a GPU with float16."""
+    import torch
+    from xtuner.configs import cfgs_name_path
+
+    from core.files import read_json
+
+    config = read_json(Path(cfgs_name_path[name]))
+    if not torch.cuda.is_available():
+        config |= {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
+        config["zero_optimization"]["overlap_comm"] = False
+    if os.environ.get("RANK", "0") == "0":
+        write_json(run.path / "deepspeed.json", config)
+    _wait_for(run.path / "deepspeed.json")
+
+
+def _join_group(details: dict[str, Any]) -> None:
+    """A process group even for one rank: XTuner's flash-attention code asks for the rank. DeepSpeed makes its own."""
+    import torch
+    from torch import distributed
+
+    if details.get("deepspeed") or distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _leave_group() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _wait_for(file: Path) -> None:
+    import time
+
+    for _ in range(600):
+        if file.exists():
+            return
+        time.sleep(0.05)
+    raise FileNotFoundError(file)
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"danlu: {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,162 @@
+"""What the trainer tells the app while it trains, and how it hears a stop: metrics.jsonl, samples.jsonl, stop.request."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from mmengine.dist import get_rank, get_world_size
+from mmengine.hooks import Hook
+from torch import distributed
+
+from core.xtuner.runtime.checkpoint import WholeCheckpointHook
+
+_WINDOW_SECONDS: Final = 45.0
+"""How long a stop waits for the end of the accumulation window, whose gradients no checkpoint holds."""
+
+
+class LiveHook(Hook):  # type: ignore[misc]
+    """One line a micro-step in metrics.jsonl: raw values, the loss as mean over ranks.
+
+    With one rank the loss is known already (mmengine reads it for its log), so the line is written at once. With several, loss
+    and tokens travel in one asynchronous all-reduce that is read a step later: training never waits for it.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, run: str) -> None:
+        self._path = Path(run) / "metrics.jsonl"
+        self._stream: Any = None
+        self._pending: tuple[dict[str, Any], torch.Tensor, Any] | None = None
+        self._mark = time.perf_counter()
+        self._data_seconds = 0.0
+        self.will_stop = False
+        """What rank 0 tells the others with its loss: stop after the step in which you hear it."""
+        self.must_stop = False
+        """Set on every rank in the same step."""
+
+    def before_train(self, runner: Any) -> None:
+        del runner
+        if get_rank() == 0:
+            self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until after_train
+        self.mark()
+
+    def mark(self) -> None:
+        """The next step begins now: what came before (saving, sample answers) is not counted to it."""
+        self._mark = time.perf_counter()
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        del runner, batch_idx, data_batch
+        self._data_seconds = time.perf_counter() - self._mark
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        del batch_idx
+        hub = runner.message_hub
+        line: dict[str, Any] = {
+            "iteration": runner.iter + 1,
+            "epoch": round((runner.iter + 1) / max(1, len(runner.train_dataloader)), 4),
+            "total_iterations": runner.max_iters,
+            "loss": hub.get_scalar("train/loss").current(),
+            "lr": hub.get_scalar("train/lr").current(),
+            "grad_norm": gradient_norm(runner),
+            "tokens": count_tokens(data_batch),
+            "step_seconds": round(time.perf_counter() - self._mark, 6),
+            "data_seconds": round(self._data_seconds, 6),
+            "memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "at": round(time.time(), 3),
+        }
+        if get_world_size() == 1:
+            self.must_stop = self.will_stop
+            self._write(line)
+        else:
+            self._collect()
+            self._send(line, outputs)
+
+    def after_train(self, runner: Any) -> None:
+        del runner
+        self._collect()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _send(self, line: dict[str, Any], outputs: Any) -> None:
+        loss = outputs["loss"].detach().float() if outputs and "loss" in outputs else torch.tensor(line["loss"])
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        told = torch.tensor([line["tokens"], float(self.will_stop)], dtype=torch.float64, device=device)
+        values = torch.cat([loss.to(device, torch.float64).reshape(1), told])
+        self._pending = (line, values, distributed.all_reduce(values, async_op=True))
+
+    def _collect(self) -> None:
+        if self._pending is None:
+            return
+        line, values, work = self._pending
+        self._pending = None
+        work.wait()
+        loss, tokens, stops = values.tolist()
+        self.must_stop = self.must_stop or stops > 0
+        self._write(line | {"loss": loss / get_world_size(), "tokens": round(tokens)})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._stream is not None:
+            # A loss that is no number is written as NaN, as Python's json reads it: it must be seen, not hidden.
+            self._stream.write(json.dumps(line) + "\n")
+
+
+class StopHook(Hook):  # type: ignore[misc]
+    """Sees stop.request on rank 0; every rank then saves and ends in the same step, with exit code 0.
+
+    The end of an accumulation window is waited for if it is near, because no checkpoint holds half-gathered gradients.
+    """
+
+    priority = "LOWEST"
+
+    def __init__(self, run: str, accumulation: int = 1) -> None:
+        self._file = Path(run) / "stop.request"
+        self._accumulation = accumulation
+        self._seen_at: float | None = None
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Decide before the step, so that its loss carries the word to the other ranks."""
+        del batch_idx, data_batch
+        if get_rank() != 0 or not self._file.exists():
+            return
+        self._seen_at = self._seen_at or time.monotonic()
+        # With several ranks the word is read one step after it was sent: send it one step before the window ends.
+        heard_at = runner.iter + (1 if get_world_size() == 1 else 2)
+        is_whole = heard_at % self._accumulation == 0
+        if is_whole or time.monotonic() - self._seen_at > _WINDOW_SECONDS:
+            _find(runner, LiveHook).will_stop = True
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        del batch_idx, data_batch, outputs
+        live = _find(runner, LiveHook)
+        if live.must_stop:
+            runner.logger.info(f"Stop asked for: saving at iteration {runner.iter + 1} and ending.")
+            _find(runner, WholeCheckpointHook).save_now(runner)
+            runner.train_loop.stop_training = True
+        live.mark()
+
+
+def gradient_norm(runner: Any) -> float | None:
+    """Norm of the gradient before clipping, on the micro-steps that moved the weights; else None."""
+    engine: Any = getattr(runner.optim_wrapper, "model", None)
+    if hasattr(engine, "get_global_grad_norm"):
+        norm = engine.get_global_grad_norm() if engine.was_step_applied() else None
+        return None if norm is None else float(norm)
+    if not runner.optim_wrapper.should_update() or "train/grad_norm" not in runner.message_hub.log_scalars:
+        return None
+    return float(runner.message_hub.get_scalar("train/grad_norm").current())
+
+
+def count_tokens(data_batch: Any) -> int:
+    """Tokens of a batch without padding."""
+    data = (data_batch or {}).get("data") or {}
+    mask, ids = data.get("attention_mask"), data.get("input_ids")
+    if mask is not None:
+        return int(mask.sum())
+    return 0 if ids is None else int(ids.numel())
+
+
+def _find(runner: Any, kind: type[Any]) -> Any:
+    return next(hook for hook in runner.hooks if isinstance(hook, kind))

@@ -1,0 +1,127 @@
+"""The patches: each does what it says, and InternLM2's generation with them equals greedy decoding without a cache."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import write_tiny_internlm2
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+
+def config(**values: Any) -> Any:
+    from mmengine.config import Config
+
+    base = {
+        "optim_wrapper": {
+            "type": "AmpOptimWrapper",
+            "dtype": "float16",
+            "loss_scale": "dynamic",
+            "accumulative_counts": 2,
+        },
+        "model": {"llm": {"torch_dtype": "float16", "quantization_config": {"bnb_4bit_compute_dtype": "float16"}}},
+        "env_cfg": {"dist_cfg": {"backend": "nccl"}},
+        "train_dataloader": {"num_workers": 0, "dataset": {"type": "process_hf_dataset"}},
+    }
+    return Config({**base, **values})
+
+
+def test_generation_equals_greedy_decoding_without_a_cache(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from core.xtuner.runtime.compat import patch_caches
+
+    patch_caches()
+    folder = write_tiny_internlm2(tmp_path / "internlm2")
+    for attention in ("eager", "sdpa"):
+        options = {"trust_remote_code": True, "attn_implementation": attention}
+        model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, **options)
+        model.eval()
+        assert (
+            type(model.model.layers[0].attention).__name__
+            == {
+                "eager": "InternLM2Attention",
+                "sdpa": "InternLM2SdpaAttention",
+            }[attention]
+        )
+        ids = torch.tensor([[3, 40, 50, 60, 70, 4]])
+        oracle = ids
+        with torch.no_grad():
+            for _ in range(24):
+                logits = model(input_ids=oracle, use_cache=False).logits
+                oracle = torch.cat([oracle, logits[:, -1:].argmax(-1)], dim=1)
+            options = {
+                "do_sample": False,
+                "max_new_tokens": 24,
+                "eos_token_id": None,
+                "attention_mask": torch.ones_like(ids),
+            }
+            cached = model.generate(ids, use_cache=True, **options)
+        assert cached.tolist() == oracle.tolist()
+
+
+def test_a_config_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from core.xtuner.runtime import compat
+
+    monkeypatch.setattr(torch.cuda, "set_device", torch.cuda.set_device)
+    loaded = config()
+    applied = {
+        patch.name for patch in compat.apply(loaded, compat.Facts(is_cpu=True, model_type="internlm2", rows=2500))
+    }
+    assert {"bf16_probe", "plain_optim_wrapper", "float32", "internlm2_sdpa", "gloo", "map_processes"} <= applied
+    assert loaded.optim_wrapper.to_dict() == {"type": "OptimWrapper", "accumulative_counts": 2}
+    assert loaded.model.llm.torch_dtype == torch.float32
+    assert loaded.model.llm.quantization_config.bnb_4bit_compute_dtype == torch.float32
+    assert loaded.model.llm.attn_implementation == "sdpa"
+    assert loaded.env_cfg.dist_cfg.backend == "gloo"
+    assert 1 <= loaded.train_dataloader.dataset.map_num_proc <= 3
+
+
+def test_a_gpu_config_keeps_its_precision() -> None:
+    from core.xtuner.runtime import compat
+
+    loaded = config()
+    applied = {patch.name for patch in compat.apply(loaded, compat.Facts(is_cpu=False, model_type="llama"))}
+    assert not applied & {"gloo", "float32", "plain_optim_wrapper", "set_device", "internlm2_sdpa"}
+    assert loaded.optim_wrapper.type == "AmpOptimWrapper"
+
+
+def test_a_warmup_without_iterations_is_left_out() -> None:
+    import torch
+    from mmengine.optim import LinearLR
+
+    from core.xtuner.runtime import compat
+
+    compat.apply(config(), compat.Facts(is_cpu=False))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    options = {"start_factor": 1e-5, "begin": 0, "end": 0.03, "by_epoch": True}
+    scheduler = LinearLR.build_iter_from_epoch(optimizer=optimizer, epoch_length=20, **options)
+    for _ in range(3):
+        assert optimizer.param_groups[0]["lr"] == 0.5
+        optimizer.step()
+        scheduler.step()
+    real = LinearLR.build_iter_from_epoch(optimizer=optimizer, epoch_length=200, **options)
+    assert optimizer.param_groups[0]["lr"] < 0.5
+    assert real.end == 6
+
+
+def test_what_fails_while_saving_leaves_nothing(tmp_path: Path) -> None:
+    from core.xtuner.runtime.checkpoint import write_whole
+
+    target, partial = tmp_path / "iter_4.pth", tmp_path / ".iter_4.pth.partial"
+    target.write_text("whole")
+
+    def fail() -> None:
+        partial.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_whole(partial, target, fail)
+    assert target.read_text() == "whole"
+    assert not partial.exists()
+    write_whole(partial, target, lambda: partial.write_text("new") and None)
+    assert (target.read_text(), partial.exists()) == ("new", False)

@@ -1,0 +1,105 @@
+"""Real training on the CPU through the real entry: torchrun, XTuner, tiny random models."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from core.checkpoints.inspect import inspect_checkpoint
+from core.config.source import ConfigSource
+from core.project import Project
+from core.runs.directory import RunDirectory
+from core.runs.state import Phase
+from core.runs.train import TrainRequest
+from tests.models import write_tiny_internlm2, write_tiny_llama, write_tiny_qwen2
+from tests.training import Trained, make_project, train
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def internlm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Path, Trained]:
+    """An uninterrupted run of InternLM2 (remote code), LoRA with dropout."""
+    project, config = make_project(tmp_path_factory.mktemp("internlm2") / "p", write_tiny_internlm2)
+    assert ConfigSource(config.read_text()).get("model.lora.lora_dropout") > 0
+    return project, config, train(project, TrainRequest(config=config, name="whole"))
+
+
+def test_a_run_leaves_metrics_samples_and_checkpoints(internlm2: tuple[Project, Path, Trained]) -> None:
+    _, _, whole = internlm2
+    assert (whole.status.phase, whole.status.exit_code) == (Phase.FINISHED, 0), whole.log[-3000:]
+    total = whole.lines[0]["total_iterations"]
+    assert [line["iteration"] for line in whole.lines] == list(range(1, total + 1))
+    assert all(math.isfinite(line["loss"]) and line["tokens"] == 64 for line in whole.lines)
+    assert all(line["step_seconds"] >= line["data_seconds"] >= 0 for line in whole.lines)
+    # The weights move every second micro-step, and at the very end.
+    assert [line["iteration"] for line in whole.lines if line["grad_norm"]] == [*range(2, total + 1, 2)] + [total] * (
+        total % 2
+    )
+    assert whole.losses[total] < whole.losses[1]
+    assert [sample["iteration"] for sample in whole.samples] == [0, total]
+    assert {sample["prompt"] for sample in whole.samples} == {"Who are you?"}
+    kept = {path.name for path in whole.run.path.glob("*.pth")}
+    assert kept == {f"iter_{total - total % 4}.pth", f"iter_{total}.pth"} or kept == {
+        f"iter_{total - 4}.pth",
+        f"iter_{total}.pth",
+    }
+    assert all(inspect_checkpoint(whole.run.path / name).is_complete for name in kept)
+    assert not list(whole.run.path.glob(".*partial"))
+
+
+def test_the_log_says_what_was_patched_and_why(internlm2: tuple[Project, Path, Trained]) -> None:
+    log = internlm2[2].log
+    for name in ("caches", "set_device", "gloo", "zero_warmup"):
+        assert f"danlu: patch {name} (" in log
+
+
+def test_resumed_and_stopped_run_goes_on_bit_for_bit(internlm2: tuple[Project, Path, Trained]) -> None:
+    project, config, whole = internlm2
+    middle = sorted(whole.run.path.glob("iter_*.pth"), key=lambda path: int(path.stem[5:]))[0]
+    start = int(middle.stem[5:])
+    first = train(project, TrainRequest(config=config, name="part"), stop_at=1)
+    assert (first.status.phase, first.status.exit_code) == (Phase.STOPPED, 0), first.log[-3000:]
+    stopped = max(first.losses)
+    assert stopped < max(whole.losses)
+    assert stopped % 2 == 0, "it stops at the end of an accumulation window"
+    saved = first.run.path / f"iter_{stopped}.pth"
+    assert inspect_checkpoint(saved).is_complete
+    assert start > 0
+    resumed = train(project, TrainRequest(config=config, name="rest", resume=saved, seed=None))
+    assert resumed.status.exit_code == 0, resumed.log[-3000:]
+    assert first.losses | resumed.losses == whole.losses
+
+
+def test_deepspeed_on_two_processes_trains_and_resumes(tmp_path: Path) -> None:
+    project, config = make_project(tmp_path / "p", write_tiny_llama, model__lora__lora_dropout=0.0)
+    request = TrainRequest(config=config, name="whole", deepspeed="deepspeed_zero2", cpu_processes=2)
+    whole = train(project, request)
+    assert whole.status.exit_code == 0, whole.log[-3000:]
+    assert all(line["tokens"] == 128 for line in whole.lines), "tokens of both processes"
+    assert any(line["grad_norm"] for line in whole.lines)
+    saved = whole.run.path / "iter_4.pth"
+    card = inspect_checkpoint(saved)
+    assert (card.is_complete, card.world_size, card.stage) == (True, 2, 2)
+    options = {"deepspeed": "deepspeed_zero2", "cpu_processes": 2}
+    rest = train(project, TrainRequest(config=config, name="rest", resume=saved, seed=None, **options))
+    assert rest.status.exit_code == 0, rest.log[-3000:]
+    assert rest.losses == {step: loss for step, loss in whole.losses.items() if step > 4}
+
+
+def test_qlora_trains_on_the_cpu(tmp_path: Path) -> None:
+    project, config = make_project(tmp_path / "p", write_tiny_qwen2, method="qlora", evaluation_inputs=["你是谁？"])
+    trained = train(project, TrainRequest(config=config))
+    assert trained.status.exit_code == 0, trained.log[-3000:]
+    assert json.loads((trained.run.path / "run.json").read_text())["details"]["method"] == "qlora"
+    assert trained.lines[-1]["loss"] < trained.lines[0]["loss"]
+
+
+def test_a_known_failure_is_explained(tmp_path: Path) -> None:
+    """Every answer is cut off by max_length: XTuner drops all rows and dies of a missing column."""
+    project, config = make_project(tmp_path / "p", write_tiny_llama, max_length=4)
+    failed = train(project, TrainRequest(config=config))
+    assert failed.status.phase == Phase.FAILED
+    error = json.loads(RunDirectory(failed.run.path).error_file.read_text())
+    assert error["code"] == "train.no_trained_rows"

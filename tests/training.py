@@ -1,0 +1,97 @@
+"""Small projects and real training runs for engine tests: a tiny model, a few rows, XTuner itself on the CPU."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.config.facts import Machine, read_data, read_model
+from core.config.presets import Wishes, make
+from core.config.source import ConfigSource
+from core.project import Project, open_project
+from core.runs.directory import RunDirectory
+from core.runs.state import RunStatus, read_status
+from core.runs.train import TrainRequest, start_training
+
+ROWS = 22
+"""At 64 tokens a sample: a dozen iterations an epoch."""
+
+
+def write_rows(file: Path, rows: int = ROWS) -> Path:
+    """`messages` rows of an identity, no two alike."""
+    questions = ("Who are you?", "What can you do?", "你是谁？", "请介绍一下你自己。")
+    with open(file, "w", encoding="utf-8") as stream:
+        for number in range(rows):
+            answer = f"I am a small assistant, trained by Ada. 你好 {number}."
+            turns = [("user", f"{questions[number % 4]} {number}"), ("assistant", answer)]
+            row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return file
+
+
+def make_project(root: Path, write_model: Any, *, method: str = "lora", **edits: Any) -> tuple[Project, Path]:
+    """A project with model, data and a config of the preset; `edits` are config paths (with __ for the dot) and values."""
+    root.mkdir(parents=True, exist_ok=True)
+    project = open_project(root)
+    model = read_model(write_model(project.model / "tiny"))
+    data = read_data(write_rows(project.data / "rows.jsonl"))
+    wishes = Wishes(method=method, max_length=64, max_epochs=1, accumulative_counts=2)
+    source = ConfigSource(make(model, data, Machine(cpu_count=2), wishes))
+    for path, value in {
+        "save_steps": 4,
+        "evaluation_freq": 100,
+        "evaluation_inputs": ["Who are you?"],
+        **edits,
+    }.items():
+        source = source.set(path.replace("__", "."), value)
+    config = project.config / "tiny.py"
+    config.write_text(source.text, encoding="utf-8")
+    return project, config
+
+
+@dataclass
+class Trained:
+    """A run that has ended."""
+
+    run: RunDirectory
+    status: RunStatus
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def log(self) -> str:
+        return self.run.log_file.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {line["iteration"]: line["loss"] for line in self.lines}
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        return read_lines(self.run.samples_file)
+
+
+def train(project: Project, request: TrainRequest, *, stop_at: int | None = None, seconds: float = 200.0) -> Trained:
+    """Start a run as the app does and wait for its end; with `stop_at`, ask it to stop when that iteration is written."""
+    run = start_training(project, request)
+    deadline = time.monotonic() + seconds
+    while True:
+        status = read_status(run)
+        if not status.phase.is_active and status.ended_at is not None:
+            return Trained(run, status, read_lines(run.metrics_file))
+        if stop_at is not None and any(line["iteration"] >= stop_at for line in read_lines(run.metrics_file)):
+            run.stop_file.write_text(json.dumps({"mode": "save", "at": time.time()}), encoding="utf-8")
+            stop_at = None
+        if time.monotonic() > deadline:
+            run.stop_file.write_text(json.dumps({"mode": "cancel", "at": time.time()}), encoding="utf-8")
+            raise TimeoutError(run.log_file.read_text(encoding="utf-8", errors="replace")[-4000:])
+        time.sleep(0.2)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON Lines file."""
+    if not file.exists():
+        return []
+    return [
+        json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
