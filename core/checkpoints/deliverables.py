@@ -1,0 +1,197 @@
+"""What a project has delivered, what a delivery is called, and the whole way from checkpoint to verified model as one job."""
+
+import io
+import shutil
+import zipfile
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from core.checkpoints.adapter import export_adapter
+from core.checkpoints.companions import DESCRIPTION
+from core.checkpoints.full import export_full
+from core.checkpoints.inspect import CheckpointCard, inspect_checkpoint
+from core.checkpoints.merge import merge_adapter
+from core.checkpoints.verify import verify_merge
+from core.errors import DanluError
+from core.files import read_json, tree_size_bytes, within
+from core.project import Project
+from core.runs.directory import RunDirectory
+from core.runs.job import Progress
+from core.runs.launch import start_job
+
+ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""The merge has its own threads; a second pool in the linear algebra below them only gets in their way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deliverable:
+    """One folder in huggingface/ or final_model/."""
+
+    path: Path
+    kind: str
+    """`adapter`, `merged` or `full`; `unknown` for a model that Danlu did not make."""
+    run: str | None
+    checkpoint: str | None
+    dtype: str | None
+    size_bytes: int
+    created_at: float
+    """Unix seconds."""
+    verified: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def is_verified(self) -> bool:
+        return bool(self.verified and self.verified.get("passed"))
+
+    @property
+    def is_model(self) -> bool:
+        """Whether one can chat with it as it is."""
+        return (self.path / "config.json").is_file()
+
+
+def list_deliverables(project: Project) -> list[Deliverable]:
+    """Newest first. Folders made by hand with XTuner are listed too; half-made ones (hidden) are not."""
+    found = []
+    for parent in (project.huggingface, project.final_model):
+        folders = [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+        candidates = [*folders, parent] if parent.is_dir() else []
+        found += [_describe(path) for path in candidates if not path.name.startswith(".") and _holds_model(path)]
+    return sorted(found, key=lambda item: item.created_at, reverse=True)
+
+
+def delivery_name(project: Project, run_dir: Path, checkpoint: Path) -> str:
+    """The guide's `iter_500`; with the run's name before it if another run has delivered that iteration."""
+    name = checkpoint.name.removesuffix(".pth")
+    for parent in (project.huggingface, project.final_model):
+        if (parent / name).exists() and _describe(parent / name).run != run_dir.name:
+            return f"{run_dir.name}_{name}"
+    return name
+
+
+def delivery_targets(project: Project, card: CheckpointCard, name: str, *, merge: bool) -> list[Path]:
+    """Folders that a delivery will make. An adapter of this very checkpoint that is there already is used, not made again."""
+    if not card.is_adapter:
+        return [project.final_model / name]
+    has_adapter = merge and _is_adapter_of(project.huggingface / name, card.name, card.path.parent.name)
+    adapter = [] if has_adapter else [project.huggingface / name]
+    return adapter + ([project.final_model / name] if merge else [])
+
+
+def zip_folder(folder: Path) -> bytes:
+    """The folder as a zip, for a download: stored, since weights do not compress."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            archive.write(file, f"{folder.name}/{file.relative_to(folder)}")
+    return buffer.getvalue()
+
+
+def start_delivery(
+    project: Project,
+    checkpoint: Path,
+    *,
+    base_model: str | None,
+    dtype: str,
+    merge: bool,
+    verify: bool,
+) -> RunDirectory:
+    """Start `deliver` as a job (kind "merge", or "adapter" without merging). Raises InputError for a checkpoint outside of the project."""
+    inside = within(checkpoint, project.root)
+    arguments = {
+        "project": str(project.root),
+        "checkpoint": str(inside),
+        "name": delivery_name(project, inside.parent, inside),
+        "base_model": base_model,
+        "dtype": dtype,
+        "merge": merge,
+        "verify": verify,
+    }
+    return start_job(
+        project,
+        "core.checkpoints.deliverables:deliver",
+        kind="merge" if merge else "adapter",
+        title=f"{inside.parent.name} / {arguments['name']}",
+        arguments=arguments,
+        env=ONE_THREAD,
+    )
+
+
+def deliver(
+    project: str,
+    checkpoint: str,
+    name: str,
+    *,
+    base_model: str | None = None,
+    dtype: str = "keep",
+    merge: bool = True,
+    verify: bool = True,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Checkpoint → adapter in huggingface/`name` → merged model in final_model/`name` → verified. A full fine-tune goes to final_model/ at once.
+
+    An adapter of this checkpoint that is there already is used. Returns {"adapter", "model", "verified"}.
+    """
+    place = Project(Path(project))
+    card = inspect_checkpoint(Path(checkpoint))
+    if card.problem is not None:
+        raise card.problem
+    if not card.is_adapter:
+        made = export_full(
+            checkpoint, str(place.final_model / name), base_model=base_model, dtype=dtype, progress=progress
+        )
+        return {"adapter": None, "model": made["path"], "verified": None}
+    adapter = place.huggingface / name
+    if not _is_adapter_of(adapter, card.name, Path(checkpoint).parent.name):
+        export_adapter(checkpoint, str(adapter), base_model=base_model, dtype=dtype, progress=progress)
+    if not merge:
+        return {"adapter": str(adapter), "model": None, "verified": None}
+    base = base_model or read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+    merged = merge_adapter(base, [str(adapter)], str(place.final_model / name), progress=progress)
+    verified = verify_merge(merged["path"], progress=progress) if verify else None
+    return {"adapter": str(adapter), "model": merged["path"], "verified": verified}
+
+
+def discard(project: Project, path: Path) -> Path:
+    """Move a deliverable to the project's trash; return where it lies now."""
+    inside = within(path, project.huggingface, project.final_model)
+    trash = (
+        project.private / "trash" / f"{inside.parent.name}_{inside.name}_{datetime.now().astimezone():%Y%m%d_%H%M%S}"
+    )
+    trash.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(inside, trash)
+    return trash
+
+
+def _is_adapter_of(folder: Path, checkpoint: str, run: str) -> bool:
+    if not (folder / DESCRIPTION).is_file():
+        return False
+    found = _describe(folder)
+    return found.kind == "adapter" and found.checkpoint == checkpoint and found.run == run
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()
+
+
+def _describe(folder: Path) -> Deliverable:
+    try:
+        value = read_json(folder / DESCRIPTION)
+    except DanluError:
+        value = {"kind": "adapter" if (folder / "adapter_config.json").is_file() else "unknown"}
+    return Deliverable(
+        path=folder,
+        kind=str(value.get("kind", "unknown")),
+        run=value.get("run"),
+        checkpoint=value.get("checkpoint"),
+        dtype=value.get("dtype"),
+        size_bytes=tree_size_bytes(folder)
+        if folder.name not in ("huggingface", "final_model")
+        else sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
+        created_at=folder.stat().st_mtime,
+        verified=value.get("verified"),
+    )

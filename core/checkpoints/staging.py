@@ -1,0 +1,95 @@
+"""A folder that appears whole or not at all: written beside its target under a hidden name, synced, renamed at the end.
+
+After a kill the hidden folder stays; work with the same plan goes on in it, other work throws it away.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from core.errors import ConflictError, DanluError, MachineError
+from core.files import read_json, require_absent, write_json
+
+_PLAN: Final = ".plan.json"
+
+
+def staging_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.part")
+
+
+@contextmanager
+def stage(target: Path, plan: Any) -> Iterator[Path]:
+    """Give a folder to write in; on success it becomes `target`, on any error it is removed.
+
+    `plan`: JSON that says what is being made. A folder left by a killed process with the same plan is given again, with what it holds.
+    Raises ConflictError if `target` exists or another live process writes it, MachineError if the disk is full or read-only.
+    """
+    require_absent(target)
+    part = staging_folder(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _claim(part, plan)
+    try:
+        with writing(target):
+            yield part
+            (part / _PLAN).unlink()
+            _sync_folder(part)
+            if target.is_dir():
+                target.rmdir()
+            part.rename(target)
+            _sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn errors of the disk into errors for people."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError("checkpoints.disk_full", path=str(target)) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise MachineError("checkpoints.read_only", path=str(target.parent)) from error
+        raise MachineError("checkpoints.cannot_write", path=str(target), reason=error.strerror or str(error)) from error
+
+
+def _claim(part: Path, plan: Any) -> None:
+    """Make `part` ours: fresh, or the one a killed process with the same plan left."""
+    if part.exists():
+        try:
+            left = read_json(part / _PLAN)
+        except DanluError:
+            left = {}
+        if _is_alive(left.get("pid")):
+            raise ConflictError("checkpoints.being_written", path=str(part))
+        if left.get("plan") != plan:
+            shutil.rmtree(part)
+    part.mkdir(exist_ok=True)
+    write_json(part / _PLAN, {"pid": os.getpid(), "plan": plan})
+
+
+def _is_alive(pid: Any) -> bool:
+    if not isinstance(pid, int) or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
