@@ -1,0 +1,173 @@
+"""Llama's forward pass, lean enough for one token at a time: joined projections, few operations, any cache.
+
+Computes what transformers' Llama, Mistral, Qwen2 and Qwen3 compute (tests compare logits and greedy tokens). A LoRA adapter
+stays apart from the weights and is switched per row, so base and tuned answers can share one batch.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.nn.functional import embedding, linear, rms_norm, silu
+
+from core.chat.adapter import LowRank
+from core.chat.cache import Cache
+from core.chat.weights import DecoderConfig
+from core.errors import InputError
+
+_QKV: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP: Final = ("mlp.gate_proj", "mlp.up_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One or several linear layers with the same input, as one multiplication."""
+
+    weight: torch.Tensor
+    """(out, in)"""
+    bias: torch.Tensor | None
+    low_rank: LowRank | None
+
+    def apply(self, x: torch.Tensor, tuned: torch.Tensor | None) -> torch.Tensor:
+        """`tuned` (rows, 1, 1): 1 for rows that want the adapter, 0 for the base model; None: base for all."""
+        y = linear(x, self.weight, self.bias)
+        if self.low_rank is None or tuned is None:
+            return y
+        return y + linear(linear(x, self.low_rank.a) * tuned, self.low_rank.b)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One layer's weights."""
+
+    attention_norm: torch.Tensor
+    qkv: Projection
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    out: Projection
+    mlp_norm: torch.Tensor
+    gate_up: Projection
+    down: Projection
+
+
+class Decoder:
+    """Token ids → logits. Holds weights; the cache is the caller's."""
+
+    def __init__(
+        self, config: DecoderConfig, weights: dict[str, torch.Tensor], adapter: dict[str, LowRank] | None = None
+    ) -> None:
+        """Takes the tensors out of `weights` as it joins them. Raises InputError `chat.missing_tensor`."""
+        self.config = config
+        self._weights, self._adapter = weights, dict(adapter or {})
+        self._embedding = self._take("model.embed_tokens.weight")
+        self.dtype, self.device = self._embedding.dtype, self._embedding.device
+        self._blocks = [self._block(f"model.layers.{layer}") for layer in range(config.layers)]
+        self._norm = self._take("model.norm.weight")
+        head = self._embedding if config.tied else self._take("lm_head.weight")
+        self._head = Projection(head, None, self._low_rank("", ("lm_head",), (head.shape[0],)))
+        if self._adapter:
+            raise InputError("chat.adapter_mismatch", module=next(iter(self._adapter)))
+        self._cos, self._sin = _rotations(config, self.device)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, cache: Cache, tuned: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (rows, vocabulary) of the last of `tokens` (rows, n), which stand at `positions` (rows, n)."""
+        config = self.config
+        rows, count = tokens.shape
+        hidden = embedding(tokens, self._embedding)
+        cos = self._cos[positions].unsqueeze(1).to(self.dtype)
+        sin = self._sin[positions].unsqueeze(1).to(self.dtype)
+        for layer, block in enumerate(self._blocks):
+            x = rms_norm(hidden, (config.hidden,), block.attention_norm, config.norm_epsilon)
+            query, key, value = self._project(block, x, tuned, rows, count)
+            attended = cache.extend(layer, _rotate(query, cos, sin), _rotate(key, cos, sin), value)
+            hidden = hidden + block.out.apply(attended.transpose(1, 2).reshape(rows, count, -1), tuned)
+            x = rms_norm(hidden, (config.hidden,), block.mlp_norm, config.norm_epsilon)
+            gate, up = block.gate_up.apply(x, tuned).chunk(2, dim=-1)
+            hidden = hidden + block.down.apply(silu(gate) * up, tuned)
+        last = rms_norm(hidden[:, -1:], (config.hidden,), self._norm, config.norm_epsilon)
+        return self._head.apply(last, tuned)[:, 0]
+
+    def _project(
+        self, block: Block, x: torch.Tensor, tuned: torch.Tensor | None, rows: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        config = self.config
+        joined = block.qkv.apply(x, tuned).view(rows, count, -1, config.head_dim).transpose(1, 2)
+        query, key, value = joined.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+        if block.query_norm is not None and block.key_norm is not None:
+            query = rms_norm(query, (config.head_dim,), block.query_norm, config.norm_epsilon)
+            key = rms_norm(key, (config.head_dim,), block.key_norm, config.norm_epsilon)
+        return query, key, value
+
+    def _block(self, prefix: str) -> Block:
+        return Block(
+            attention_norm=self._take(f"{prefix}.input_layernorm.weight"),
+            qkv=self._projection(prefix, _QKV),
+            query_norm=self._weights.pop(f"{prefix}.self_attn.q_norm.weight", None),
+            key_norm=self._weights.pop(f"{prefix}.self_attn.k_norm.weight", None),
+            out=self._projection(prefix, ("self_attn.o_proj",)),
+            mlp_norm=self._take(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self._projection(prefix, _GATE_UP),
+            down=self._projection(prefix, ("mlp.down_proj",)),
+        )
+
+    def _projection(self, prefix: str, names: tuple[str, ...]) -> Projection:
+        weights = [self._take(f"{prefix}.{name}.weight") for name in names]
+        biases = [self._weights.pop(f"{prefix}.{name}.bias", None) for name in names]
+        sizes = tuple(weight.shape[0] for weight in weights)
+        held = [bias for bias in biases if bias is not None]
+        return Projection(
+            weights[0] if len(weights) == 1 else torch.cat(weights),
+            torch.cat(held) if len(held) == len(names) else None,
+            self._low_rank(f"{prefix}.", names, sizes),
+        )
+
+    def _low_rank(self, prefix: str, names: tuple[str, ...], sizes: tuple[int, ...]) -> LowRank | None:
+        """The adapters of joined layers as one: the A stacked, the B on a diagonal of blocks."""
+        pairs = [self._adapter.pop(f"{prefix}{name}", None) for name in names]
+        held = [pair for pair in pairs if pair is not None]
+        if not held:
+            return None
+        b = held[0].b.new_zeros((sum(sizes), sum(pair.a.shape[0] for pair in held)))
+        row = column = 0
+        for pair, size in zip(pairs, sizes, strict=True):
+            if pair is not None:
+                b[row : row + size, column : column + pair.a.shape[0]] = pair.b
+                column += pair.a.shape[0]
+            row += size
+        return LowRank(torch.cat([pair.a for pair in held]), b)
+
+    def _take(self, name: str) -> torch.Tensor:
+        tensor = self._weights.pop(name, None)
+        if tensor is None:
+            raise InputError("chat.missing_tensor", name=name)
+        return tensor
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (arXiv 2104.09864), halves as in Llama. `sin` has its first half negated already."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def _rotations(config: DecoderConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and signed sin (max_positions, head_dim) in float32, frequencies as transformers computes them."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = dict(config.rope["rope_scaling"] or {})
+    kind = scaling.pop("type", None) or scaling.get("rope_type", "default")
+    llama = LlamaConfig(
+        hidden_size=config.hidden,
+        num_attention_heads=config.heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_positions,
+        rope_theta=config.rope["rope_theta"],
+        rope_scaling={**scaling, "rope_type": kind} if scaling else None,
+    )
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](llama, torch.device("cpu"))
+    angles = torch.arange(config.max_positions).float()[:, None] * frequencies.float()[None]
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1).to(device), torch.cat((-sin, sin), dim=-1).to(device)

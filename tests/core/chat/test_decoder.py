@@ -1,0 +1,170 @@
+"""Our decoder against transformers: same logits, same greedy tokens, whatever the cache, with and without an adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import VOCABULARY, write_tiny_internlm2, write_tiny_llama, write_tiny_qwen2
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.engine
+CPU = torch.device("cpu")
+WRITERS = {"llama": write_tiny_llama, "qwen2": write_tiny_qwen2}
+
+
+def prompt(length: int = 23, seed: int = 1) -> list[int]:
+    return torch.randint(5, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def make_decoder(folder: Path, adapter: Path | None = None) -> Any:
+    from core.chat.adapter import read_adapter
+    from core.chat.decoder import Decoder
+    from core.chat.weights import read_config, read_weights
+
+    config = read_config(folder)
+    assert config is not None
+    pairs = (
+        read_adapter(adapter, config, torch.float32, CPU, is_internlm2="internlm2" in folder.name) if adapter else {}
+    )
+    return Decoder(config, read_weights(folder, torch.float32, CPU, lambda _: None), pairs)
+
+
+def greedy(runner: Any, tokens: list[int], count: int, slot: int = 0, *, tuned: bool = True) -> list[int]:
+    logits = runner.read(slot, tokens, 0, tuned=tuned)
+    out = []
+    for at in range(count):
+        out.append(int(logits.argmax()))
+        logits = runner.step([slot], [out[-1]], [len(tokens) + at], [tuned])[0]
+    return out
+
+
+def reference(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, trust_remote_code=True).eval()
+
+
+def generate(model: Any, tokens: list[int], count: int) -> list[int]:
+    ids = torch.tensor([tokens])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return list(out[0, len(tokens) :].tolist())
+
+
+@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("kind", ["ragged", "static"])
+def test_same_greedy_tokens_as_hf_generate(tmp_path: Path, family: str, kind: str) -> None:
+    from core.chat.runners import DecoderRunner, GraphRunner
+
+    folder = WRITERS[family](tmp_path / family)
+    make = DecoderRunner if kind == "ragged" else GraphRunner
+    runner = make(make_decoder(folder), 3, 512, has_adapter=False)
+    model = reference(folder)
+    for seed in range(4):
+        tokens = prompt(5 + 40 * seed, seed)
+        assert greedy(runner, tokens, 40) == generate(model, tokens, 40)
+
+
+def test_internlm2_as_llama_gives_the_logits_of_its_own_code(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from core.chat.internlm2 import llama_tensors
+    from core.chat.runners import DecoderRunner
+    from core.chat.weights import read_config, tensors, weight_files
+
+    folder = write_tiny_internlm2(tmp_path / "internlm2")
+    config = read_config(folder)
+    tokens = torch.tensor([prompt()])
+    with torch.no_grad():
+        own = reference(folder)(tokens, use_cache=False).logits[0]
+    weights: dict[str, Any] = {}
+    for name, tensor in tensors(weight_files(folder)):
+        weights |= llama_tensors(name, tensor, config)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=config.hidden, intermediate_size=128, num_hidden_layers=config.layers,
+            num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, rms_norm_eps=config.norm_epsilon,
+        )
+    )  # fmt: skip
+    llama.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        mapped = llama.eval()(tokens, use_cache=False).logits[0]
+    torch.testing.assert_close(mapped, own, atol=2e-5, rtol=1e-4)
+    runner = DecoderRunner(make_decoder(folder), 1, 512, has_adapter=False)
+    torch.testing.assert_close(runner.read(0, tokens[0].tolist(), 0, tuned=True), own[-1], atol=2e-5, rtol=1e-4)
+    assert sum(tensor.numel() for tensor in weights.values()) == sum(
+        t.numel() for _, t in tensors(weight_files(folder))
+    )
+
+
+def test_internlm2_generates_what_a_loop_without_cache_does(tmp_path: Path) -> None:
+    from core.chat.runners import DecoderRunner
+
+    folder = write_tiny_internlm2(tmp_path / "internlm2")
+    model, tokens, expected = reference(folder), prompt(), []
+    with torch.no_grad():
+        for _ in range(20):
+            logits = model(torch.tensor([tokens + expected]), use_cache=False).logits
+            expected.append(int(logits[0, -1].argmax()))
+    assert greedy(DecoderRunner(make_decoder(folder), 1, 512, has_adapter=False), tokens, 20) == expected
+
+
+@pytest.mark.parametrize("kind", ["ragged", "static"])
+def test_rows_of_a_batch_do_not_touch_each_other(tmp_path: Path, kind: str) -> None:
+    from core.chat.runners import DecoderRunner, GraphRunner
+
+    folder = write_tiny_llama(tmp_path / "llama")
+    decoder = make_decoder(folder)
+    alone = DecoderRunner(decoder, 1, 512, has_adapter=False)
+    make = DecoderRunner if kind == "ragged" else GraphRunner
+    runner = make(decoder, 4, 512, has_adapter=False)
+    prompts = [prompt(9 + 7 * slot, slot) for slot in range(4)]
+    out = [[int(runner.read(slot, tokens, 0, tuned=True).argmax())] for slot, tokens in enumerate(prompts)]
+    for at in range(15):
+        slots = [0, 3] if at % 3 == 2 else [0, 1, 2, 3]  # some rows idle in some steps
+        positions = [len(prompts[slot]) + len(out[slot]) - 1 for slot in slots]
+        logits = runner.step(slots, [out[slot][-1] for slot in slots], positions, [True] * len(slots))
+        for slot, row in zip(slots, logits, strict=True):
+            out[slot].append(int(row.argmax()))
+    for tokens, got in zip(prompts, out, strict=True):
+        assert got == greedy(alone, tokens, len(got))
+
+
+@pytest.mark.parametrize("family", ["llama", "internlm2"])
+def test_an_adapter_is_switched_per_row(tmp_path: Path, family: str) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from core.chat.runners import DecoderRunner, GraphRunner
+
+    folder = (write_tiny_llama if family == "llama" else write_tiny_internlm2)(tmp_path / family)
+    targets = (
+        ["q_proj", "v_proj", "down_proj", "gate_proj", "lm_head"]
+        if family == "llama"
+        else ["wqkv", "wo", "w1", "w2", "output"]
+    )
+    model = get_peft_model(
+        reference(folder), LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=family == "llama")
+    tuned = PeftModel.from_pretrained(reference(folder), str(tmp_path / "adapter")).eval()
+    tokens = prompt()
+    with torch.no_grad():
+        expected = tuned(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        with tuned.disable_adapter():
+            base = tuned(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+    for make in (DecoderRunner, GraphRunner):
+        runner = make(make_decoder(folder, tmp_path / "adapter"), 2, 512, has_adapter=True)
+        runner.read(0, tokens[:-1], 0, tuned=True)
+        runner.read(1, tokens[:-1], 0, tuned=False)
+        last = len(tokens) - 1
+        both = runner.step([0, 1], [tokens[-1]] * 2, [last, last], [True, False])
+        torch.testing.assert_close(both[0], expected, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(both[1], base, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(expected, base, atol=1e-2)

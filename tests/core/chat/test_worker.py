@@ -1,0 +1,238 @@
+"""The worker's API as its clients see it: OpenAI's own client, ours, ten at once, ones that hang up, ones that lie."""
+
+import http.client
+import json
+import stat
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from core.chat.client import (
+    Endpoint,
+    Reply,
+    Worker,
+    find_workers,
+    list_models,
+    read_worker,
+    start_worker,
+    stop_worker,
+    stream_chat,
+)
+from core.errors import DanluError, InputError, JobError
+from core.files import read_json
+from core.project import Project, open_project
+from core.runs.state import Phase
+from tests.core.chat.conftest import wait_for
+from tests.models import write_tiny_llama
+
+pytestmark = pytest.mark.engine
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
+
+
+def ask(endpoint: Endpoint, text: str, **settings: Any) -> Reply:
+    reply = Reply()
+    pieces = list(stream_chat(endpoint, [{"role": "user", "content": text}], {**GREEDY, **settings}, reply))
+    assert "".join(pieces) == reply.text
+    return reply
+
+
+def raw(worker: Worker, path: str, body: Any, **headers: str) -> tuple[int, dict[str, Any]]:
+    endpoint = worker.endpoint()
+    parts = urlsplit(endpoint.url)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, data, {"Authorization": f"Bearer {endpoint.key}", **headers})
+    response = connection.getresponse()
+    value = json.loads(response.read())
+    connection.close()
+    return response.status, value
+
+
+def busy(worker: Worker) -> bool:
+    parts = urlsplit(worker.endpoint().url)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)
+    connection.request("GET", "/health")
+    value = json.loads(connection.getresponse().read())
+    connection.close()
+    return bool(value["busy"])
+
+
+def test_it_says_what_it_is(worker: Worker) -> None:
+    assert worker.served is not None
+    assert (worker.served["device"], worker.served["dtype"], worker.served["engine"]) == ("cpu", "float32", "decoder")
+    assert worker.served["template"] == "internlm2_chat"
+    key = worker.run.path / "api_key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert key.read_text() not in (worker.run.path / "endpoint.json").read_text()
+    assert list_models(worker.endpoint()) == ["tiny"]
+    assert worker.run.id in [found.run.id for found in find_workers(Project(worker.run.path.parents[2]))]
+
+
+def test_the_official_client(worker: Worker) -> None:
+    openai = pytest.importorskip("openai")
+    endpoint = worker.endpoint()
+    client = openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.key, max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    whole = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=12)
+    assert whole.choices[0].message.role == "assistant"
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=messages,
+            temperature=0,
+            max_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+    plain = client.completions.create(model="tiny", prompt="hello", max_tokens=5, temperature=0)
+    assert plain.usage.completion_tokens <= 5
+    streamed = client.completions.create(model="tiny", prompt="hello", max_tokens=5, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == plain.choices[0].text
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=messages)
+    with pytest.raises(openai.BadRequestError, match="Message 1"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "wizard", "content": "x"}])
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="no", max_retries=0).models.list()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b"[]", 400),
+        ({"messages": []}, 400),
+        ({"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}, 400),
+        ({"messages": [{"role": "user", "content": "x"}], "temperature": -1}, 400),
+        ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}, 400),
+        ({"messages": [{"role": "user", "content": "x"}], "n": 3}, 400),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400),
+        ({"messages": [{"role": "user", "content": "x " * 5000}]}, 400),
+    ],
+)
+def test_bad_requests_are_explained_and_harm_nothing(worker: Worker, body: Any, status: int) -> None:
+    got, value = raw(worker, "/v1/chat/completions", body)
+    assert got == status
+    assert value["error"]["message"]
+    assert value["error"]["type"] == "invalid_request_error"
+
+
+def test_a_page_of_another_site_gets_nothing(worker: Worker) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    assert raw(worker, "/v1/chat/completions", body, Host="evil.example:80")[0] == 401
+    assert raw(worker, "/v1/chat/completions", body, Authorization="Bearer x")[0] == 401
+    assert raw(worker, "/v1/nothing", body)[0] == 404
+
+
+def test_our_client_explains_errors(worker: Worker) -> None:
+    endpoint = worker.endpoint()
+    with pytest.raises(DanluError, match=r"chat\.bad_setting"):
+        ask(endpoint, "hi", top_p=2)
+    with pytest.raises(JobError, match=r"chat\.refused"):
+        ask(Endpoint(endpoint.url, "wrong", "tiny"), "hi")
+    with pytest.raises(JobError, match=r"chat\.unreachable"):
+        ask(Endpoint("http://127.0.0.1:9", "", "tiny"), "hi")
+    with pytest.raises(InputError, match=r"chat\.bad_url"):
+        ask(Endpoint("file:///etc/passwd"), "hi")
+
+
+def test_ten_chats_at_once_do_not_mix(worker: Worker) -> None:
+    endpoint = worker.endpoint()
+    questions = [f"{number} who are you? " * (number + 1) for number in range(10)]
+    alone = [ask(endpoint, question).text for question in questions]
+    assert len(set(alone)) > 5
+    with ThreadPoolExecutor(10) as pool:
+        together = list(pool.map(lambda question: ask(endpoint, question).text, questions))
+    assert together == alone
+
+
+def test_the_same_seed_gives_the_same_answer(worker: Worker) -> None:
+    endpoint = worker.endpoint()
+    settings = {"temperature": 1.5, "top_p": 0.95, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1}
+    one, two, three = (ask(endpoint, "hi", seed=seed, **settings).text for seed in (7, 7, 8))
+    assert one == two != three
+
+
+def test_the_next_turn_reuses_what_was_read(worker: Worker) -> None:
+    endpoint = worker.endpoint()
+    messages = [{"role": "user", "content": "tell me about data and models " * 10}]
+    list(stream_chat(endpoint, messages, GREEDY, Reply()))
+    again = Reply()
+    list(stream_chat(endpoint, [*messages, {"role": "assistant", "content": "ok"}, messages[0]], GREEDY, again))
+    cached = again.usage["prompt_tokens_details"]["cached_tokens"]
+    assert cached > 0.4 * again.usage["prompt_tokens"]
+    assert again.usage["timings"]["first_token_seconds"] > 0
+
+
+def test_stop_words_end_the_answer(worker: Worker) -> None:
+    endpoint = worker.endpoint()
+    free = ask(endpoint, "hello", max_tokens=60).text
+    word = free[len(free) // 2 : len(free) // 2 + 3]
+    cut = ask(endpoint, "hello", max_tokens=60, stop=[word])
+    assert cut.text == free.split(word)[0]
+    assert cut.reason == "stop"
+
+
+@pytest.mark.parametrize("way", ["cancel", "hang up"])
+def test_stop_takes_effect_in_200_ms(worker: Worker, way: str) -> None:
+    endpoint, reply = worker.endpoint(), Reply()
+    # 7000 tokens take it many seconds.
+    stream = stream_chat(
+        endpoint,
+        [{"role": "user", "content": "hi"}],
+        {"max_tokens": 7000, "temperature": 1.0, "ignore_eos": True},
+        reply,
+    )
+    next(stream)
+    assert busy(worker)
+    if way == "cancel":
+        threading.Timer(0.1, reply.cancel).start()
+        for _ in stream:
+            pass
+        assert reply.reason == "cancelled"
+    else:
+        stream.close()
+    stopped = time.monotonic()
+    while busy(worker):
+        assert time.monotonic() - stopped < 0.2
+    assert reply.text
+
+
+def test_a_stop_request_ends_the_process(tmp_path: Path) -> None:
+    project = open_project(tmp_path)
+    run = start_worker(project, write_tiny_llama(project.model / "llama"))
+    worker = wait_for(run)
+    assert worker.served
+    assert ask(worker.endpoint(), "hi").usage["completion_tokens"] > 0
+    stop_worker(run)
+    deadline = time.monotonic() + 10
+    while read_worker(run).status.phase.is_active:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert read_worker(run).status.phase in (Phase.CANCELLED, Phase.STOPPED, Phase.FINISHED)
+    assert not (run.path / "endpoint.json").exists()
+    assert find_workers(project) == []
+
+
+def test_a_folder_without_weights_is_explained(tmp_path: Path) -> None:
+    project = open_project(tmp_path)
+    folder = write_tiny_llama(project.model / "llama")
+    (folder / "model.safetensors").unlink()
+    run = start_worker(project, folder)
+    worker = wait_for(run)
+    assert worker.status.phase is Phase.FAILED
+    assert read_json(run.error_file)["code"] == "chat.no_weights"
+    with pytest.raises(InputError, match="no_model"):
+        start_worker(project, tmp_path)
