@@ -39,6 +39,7 @@ def _holds(figure: float | str | None, sign: str, value: float) -> bool:
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory and cards, for the line of a benchmark."""
     import psutil
+
     from core.gpu import devices
 
     return {

@@ -23,4 +23,6 @@ class Settings(BaseModel):
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `DANLU_<FIELD>` variables; empty ones count as not set. Raises pydantic.ValidationError on a wrong value."""
     given = {name: value for name in Settings.model_fields if (value := environ.get(f"DANLU_{name.upper()}"))}
-    return Settings.model_validate({name: str(Path(value).expanduser()) if "/" in value else value for name, value in given.items()})
+    return Settings.model_validate(
+        {name: str(Path(value).expanduser()) if "/" in value else value for name, value in given.items()}
+    )

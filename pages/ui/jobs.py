@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
-from core.runs.control import request_stop
-from core.runs.jobs import list_jobs
 
 from core.errors import DanluError
 from core.files import read_json
 from core.messages import Message
 from core.project import Project
+from core.runs.control import request_stop
 from core.runs.directory import RunDirectory, RunSpec
+from core.runs.jobs import list_jobs
 from core.runs.state import Phase, RunStatus, read_status
 from pages.ui.text import duration, gib, say, show_error, t
 

@@ -98,7 +98,9 @@ class Screen:
 
     def settle(self) -> None:
         """Wait until the script run has ended, and see that no traceback is on the screen."""
-        expect(self.page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning", timeout=60_000)
+        expect(self.page.get_by_test_id("stApp")).to_have_attribute(
+            "data-test-script-state", "notRunning", timeout=60_000
+        )
         assert self.page.get_by_test_id("stException").count() == 0, self.text()
 
     def key(self, key: str):  # type: ignore[no-untyped-def]

@@ -1,0 +1,54 @@
+"""Chat: pick a model, load it into its own process, talk to it."""
+
+import streamlit as st
+
+from core.chat.conversation import save_conversation
+from core.chat.models import find_chat_models
+from core.errors import DanluError
+from pages.ui import shell
+from pages.ui.chat_history import current_conversation, history_panel, show_turns
+from pages.ui.chat_model import model_bar
+from pages.ui.chat_settings import settings_panel
+from pages.ui.chat_stream import answer
+from pages.ui.text import show_error, t
+
+project = shell.require_project()
+shell.page_header("chat")
+models = find_chat_models(project, shell.settings())
+if not models:
+    shell.missing(t("chat.empty"), "model")
+    st.stop()
+
+worker = model_bar(project, models)
+talk, panel = st.columns([3, 1], gap="large")
+with panel:
+    settings, system = settings_panel(worker)
+    history_panel(project)
+is_ready = worker is not None and worker.served is not None
+asked = st.chat_input(
+    t("chat.placeholder") if is_ready else t("chat.waiting"),
+    key="chat_input",
+    disabled=not is_ready,
+    submit_mode="stop",
+)
+with talk:
+    try:
+        conversation = current_conversation(project)
+        conversation.system = system
+        edited = st.session_state.pop("chat_edit", None)
+        if edited:
+            conversation = conversation.edit(*edited)
+            st.session_state["chat_conversation"] = conversation.id
+        is_again = st.session_state.pop("chat_again", False)
+        if asked:
+            conversation.ask(str(asked))
+        is_asking = is_ready and bool(asked or edited or is_again)
+        if not conversation.turns and not is_asking:
+            st.info(t("chat.placeholder") if is_ready else t("chat.not_loaded"), icon=":material/forum:")
+        show_turns(project, conversation, is_ready=is_ready, hides_last=is_asking and is_again)
+        if is_asking and worker is not None:
+            save_conversation(project, conversation)
+            answer(project, conversation, worker, settings)
+            st.rerun()
+    except DanluError as error:
+        show_error(error)

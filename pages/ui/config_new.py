@@ -1,0 +1,110 @@
+"""Making a new config: one written for the project's model, or a copy of one of XTuner's."""
+
+from pathlib import Path
+
+import streamlit as st
+
+from core.config import library, presets
+from core.config.facts import model_folders, read_data, read_machine, read_model
+from core.data.library import list_datasets
+from core.project import Project
+from core.xtuner import catalogue
+from core.xtuner.catalogue import ConfigEntry
+from pages.ui import shell
+from pages.ui.text import say, t
+
+
+def new_forms(project: Project) -> None:
+    """Two ways side by side in tabs."""
+    preset, shipped = st.tabs([t("config.tab_preset"), t("config.tab_catalogue")])
+    with preset:
+        _preset(project)
+    with shipped:
+        _catalogue(project)
+
+
+def opened(name: str, notice: str) -> None:
+    """Make the page show this config from now on."""
+    st.session_state["config_next"] = name
+    st.session_state["config_notice"] = notice
+    st.session_state["config_close_new"] = True
+    st.rerun()
+
+
+def _preset(project: Project) -> None:
+    folders = model_folders(project)
+    if not folders:
+        shell.missing(t("config.no_model"), "model")
+        return
+    files = [dataset.path for dataset in list_datasets(project)]
+    left, middle, right = st.columns(3)
+    folder = left.selectbox(t("config.model"), folders, format_func=lambda path: path.name, key="config_new_model")
+    file = middle.selectbox(t("config.data"), [*files, None], format_func=_file_name, key="config_new_data")
+    methods = ("lora", "qlora", "full")
+    machine = read_machine(project)
+    method = right.segmented_control(
+        t("config.method"),
+        methods,
+        default="qlora" if machine.gpu_count else "lora",
+        format_func=lambda name: t(f"config.methods.{name}"),
+        key="config_new_method",
+        required=True,
+    )
+    st.caption(f"{t(f'config.method_notes.{method}')} {t('config.made_note')}")
+    if not files:
+        st.caption(t("config.no_data"))
+    if st.button(t("config.make"), type="primary", icon=":material/auto_fix_high:", key="config_new_make"):
+        model, data = read_model(folder), read_data(file) if file else None
+        text = presets.make(model, data, machine, presets.Wishes(method=str(method)))
+        made = library.add_config(project, presets.file_name(model, data, str(method)), text, is_exact=False)
+        opened(made.name, "made")
+
+
+def _file_name(file: Path | None) -> str:
+    return "—" if file is None else file.name
+
+
+def _catalogue(project: Project) -> None:
+    left, middle, right = st.columns([3, 3, 2], vertical_alignment="bottom")
+    pattern = left.text_input(t("config.search"), placeholder=t("config.search_placeholder"), key="config_search")
+    methods = middle.multiselect(
+        t("config.filter_method"),
+        catalogue.METHODS,
+        format_func=lambda name: t(f"config.methods.{name}"),
+        key="config_methods",
+    )
+    only_loadable = right.checkbox(t("config.only_loadable"), value=True, key="config_only_loadable")
+    entries = catalogue.search(pattern, methods=methods, only_loadable=only_loadable)
+    st.caption(t("config.count", count=len(entries)))
+    choice = st.dataframe(
+        [_row(entry) for entry in entries],
+        height=260,
+        hide_index=True,
+        on_select="rerun",
+        selection_mode="single-row",
+        key="config_table",
+    )
+    rows = [row for row in choice["selection"]["rows"] if row < len(entries)]
+    entry = entries[rows[0]] if rows else entries[0] if len(entries) == 1 else None
+    if entry is None:
+        st.caption(t("config.select_row"))
+        return
+    if entry.obstacle is not None:
+        st.warning(t("config.not_loadable", reason=say(entry.obstacle)), icon=":material/block:")
+    if st.button(
+        f"{t('config.copy')} · {entry.name}", type="primary", icon=":material/content_copy:", key="config_copy"
+    ):
+        opened(library.copy_config(entry, project).name, "copied")
+
+
+def _row(entry: ConfigEntry) -> dict[str, object]:
+    values = {
+        "name": entry.name,
+        "model": entry.base_model or entry.model,
+        "size": entry.size or "",
+        "method": t(f"config.methods.{entry.method}"),
+        "data": entry.data,
+        "epochs": entry.epochs,
+        "state": "✓" if entry.obstacle is None else "✗",
+    }
+    return {t(f"config.columns.{key}"): value for key, value in values.items()}

@@ -1,0 +1,167 @@
+"""What to deliver and how: run, checkpoint, options, and the plan with its start button."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import streamlit as st
+
+from core.checkpoints.deliverables import delivery_name, delivery_targets, start_delivery
+from core.checkpoints.inspect import CheckpointCard, list_checkpoints
+from core.checkpoints.planner import plan_delivery
+from core.errors import DanluError
+from core.project import Project
+from core.runs.directory import RunDirectory
+from core.runs.jobs import active_jobs
+from pages.ui.run_data import metrics_of
+from pages.ui.text import duration, gib, show_error, t
+
+_DTYPES = ("keep", "BF16", "F16", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a person chose."""
+
+    base_model: str | None
+    dtype: str
+    merge: bool
+    verify: bool
+
+
+def choose_checkpoint(project: Project, runs: Sequence[RunDirectory]) -> CheckpointCard | None:
+    """Run and checkpoint side by side; None if no run has a checkpoint."""
+    del project
+    found = {run.id: (run, cards) for run in runs if (cards := list_checkpoints(run.path))}
+    if not found:
+        return None
+    wanted = st.query_params.get("run")
+    if wanted in found and "export_run" not in st.session_state:
+        st.session_state["export_run"] = wanted
+    left, right = st.columns(2, gap="large")
+    run_id = left.selectbox(t("export.run"), list(found), key="export_run")
+    run, cards = found[run_id]
+    losses = _losses(run, cards)
+    by_path = {str(card.path): card for card in cards}
+    start = next((number for number, card in enumerate(cards) if card.is_complete), 0)
+    chosen = right.selectbox(
+        t("export.checkpoint"),
+        list(by_path),
+        index=start,
+        format_func=lambda path: _label(by_path[path], losses.get(path)),
+        key=f"export_checkpoint_{run_id}",
+    )
+    card = by_path[chosen]
+    if card.problem is None:
+        st.caption(_summary(card))
+    return card
+
+
+def choose_options(card: CheckpointCard) -> Options:
+    """How to deliver it."""
+    st.subheader(t("export.options"))
+    merge = verify = False
+    if card.is_adapter:
+        merge = st.toggle(t("export.merge"), value=True, key="export_merge", help=t("export.merge_help"))
+        verify = st.toggle(
+            t("export.verify"), value=True, key="export_verify", disabled=not merge, help=t("export.verify_help")
+        )
+    kind = "adapter" if card.is_adapter else "full"
+    dtype = st.selectbox(
+        t(f"export.dtype_{kind}"),
+        _DTYPES,
+        format_func=lambda name: t(f"export.dtypes.{name}", dtype=t(f"export.dtypes.{card.dtype}")),
+        key="export_dtype",
+    )
+    base = st.text_input(
+        t("export.base"), key="export_base", placeholder=t("export.base_placeholder"), help=t("export.base_help")
+    )
+    return Options(base.strip() or None, dtype, merge, merge and verify)
+
+
+def show_plan(project: Project, card: CheckpointCard, options: Options) -> None:
+    """What it will need and where it goes; the button that starts it."""
+    st.subheader(t("export.plan"))
+    name = delivery_name(project, card.path.parent, card.path)
+    targets = delivery_targets(project, card, name, merge=options.merge)
+    plan = plan_delivery(
+        card,
+        targets,
+        base_model=options.base_model,
+        dtype=options.dtype,
+        merge=options.merge,
+        verify=options.verify,
+    )
+    memory, disk, time = st.columns(3)
+    memory.metric(t("export.memory"), gib(plan.ram_bytes), help=t("export.memory_help"))
+    disk.metric(t("export.disk"), gib(plan.disk_bytes), help=t("export.disk_help", free=gib(plan.free_bytes)))
+    time.metric(t("export.time"), "≈ " + duration(plan.seconds), help=t("export.time_help"))
+    lines = [t("export.target", path=_short(project, target)) for target in targets]
+    base = str(plan.base or plan.recipe.base_model or t("export.unknown"))
+    lines.append(t("export.from_base", path=base))
+    lines.append(t("export.template", name=(plan.recipe.prompt_template or {}).get("name") or t("export.unknown")))
+    st.caption("  \n".join(lines))
+    if plan.problem is not None:
+        show_error(plan.problem)
+    is_busy = bool(active_jobs(project, ("adapter", "merge")))
+    label = (
+        t("export.start_merge")
+        if options.merge
+        else t("export.start_adapter" if card.is_adapter else "export.start_full")
+    )
+    if st.button(label, key="export_start", type="primary", disabled=not plan.can_start or is_busy, width="stretch"):
+        try:
+            start_delivery(
+                project,
+                card.path,
+                base_model=options.base_model,
+                dtype=options.dtype,
+                merge=options.merge,
+                verify=options.verify,
+            )
+        except DanluError as error:
+            show_error(error)
+        else:
+            st.rerun()
+
+
+def _label(card: CheckpointCard, loss: float | None) -> str:
+    parts = [card.name, gib(card.size_bytes)]
+    if loss is not None:
+        parts.insert(1, t("export.loss", loss=f"{loss:.4f}"))
+    if not card.is_complete:
+        parts.append(t("export.incomplete"))
+    return " · ".join(parts)
+
+
+def _summary(card: CheckpointCard) -> str:
+    form = (
+        t("export.form_zero", stage=card.stage, world_size=card.world_size)
+        if card.is_folder
+        else t("export.form_plain")
+    )
+    kind = t("export.kinds.adapter" if card.is_adapter else "export.kinds.full")
+    return t(
+        "export.summary",
+        kind=kind,
+        parameters=f"{(card.parameters or 0) / 1e6:,.2f}",
+        dtype=t(f"export.dtypes.{card.dtype}"),
+        form=form,
+    )
+
+
+def _losses(run: RunDirectory, cards: Sequence[CheckpointCard]) -> dict[str, float]:
+    """Loss near each checkpoint: mean of the ten micro-steps up to it."""
+    metrics = metrics_of(run)
+    found: dict[str, float] = {}
+    for card in cards:
+        near = (metrics["iteration"] <= (card.iteration or 0)) & (metrics["iteration"] > (card.iteration or 0) - 10)
+        values = metrics["loss"][near]
+        if np.isfinite(values).any():
+            found[str(card.path)] = float(np.nanmean(values))
+    return found
+
+
+def _short(project: Project, path: Path) -> str:
+    return str(path.relative_to(project.root)) if path.is_relative_to(project.root) else str(path)
