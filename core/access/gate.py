@@ -1,0 +1,173 @@
+"""The door before the whole server: without a login no page, no WebSocket, no upload. ASGI middleware; knows no framework.
+
+It stands before Streamlit, so a deep link, the upload endpoint and a hand-made WebSocket meet it as well. Only the health check
+and the login form are served without a session.
+"""
+
+import asyncio
+import html
+from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any, Final
+from urllib.parse import parse_qs, quote, urlsplit
+
+from core.access.policy import Policy
+from core.access.sessions import Failures, Sessions
+from core.i18n import catalog, guess_language
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+LOGIN: Final = "/danlu/login"
+LOGOUT: Final = "/danlu/logout"
+COOKIE: Final = "danlu_session"
+_OPEN_PATHS: Final = frozenset({"/_stcore/health", LOGIN})
+_FORM_BYTES: Final = 4096
+_HEADERS: Final = [
+    (b"cache-control", b"no-store"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"),
+]
+
+
+class Gate:
+    """Wraps the server's ASGI application. `on_event(action, address)` hears of logins and failed ones."""
+
+    def __init__(
+        self,
+        application: Application,
+        policy: Policy,
+        sessions: Sessions | None = None,
+        failures: Failures | None = None,
+        on_event: Callable[[str, str], None] = lambda _action, _address: None,
+    ) -> None:
+        self._application = application
+        self._policy = policy
+        self._sessions = sessions or Sessions()
+        self._failures = failures or Failures()
+        self._on_event = on_event
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or self._policy.is_open:
+            await self._application(scope, receive, send)
+            return
+        path = scope["path"]
+        if scope["type"] == "http" and path == LOGIN:
+            await self._login(scope, receive, send)
+        elif scope["type"] == "http" and path == LOGOUT:
+            self._sessions.end(_cookie(scope))
+            await _respond(send, 303, b"", [(b"location", LOGIN.encode()), _set_cookie(scope, "", seconds=0)])
+        elif path in _OPEN_PATHS or self._sessions.is_valid(_cookie(scope)):
+            await self._application(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["method"] == "GET" and "text/html" in _header(scope, b"accept"):
+            await _respond(send, 303, b"", [(b"location", f"{LOGIN}?next={quote(_place(scope))}".encode())])
+        else:
+            await _respond(send, 401, b"Log in first.", [])
+
+    async def _login(self, scope: Scope, receive: Receive, send: Send) -> None:
+        target = _local(parse_qs(scope["query_string"].decode("latin-1")).get("next", ["/"])[0])
+        address = (scope.get("client") or ("?",))[0]
+        if scope["method"] != "POST":
+            await _respond(send, 200, self._form(scope, target, None), [])
+            return
+        wait = self._failures.wait_seconds(address)
+        if wait:
+            page = self._form(scope, target, "access.wait", minutes=int(wait // 60) + 1)
+            await _respond(send, 429, page, [(b"retry-after", str(int(wait) + 1).encode())])
+            return
+        given = parse_qs((await _body(receive)).decode("utf-8", "replace")).get("password", [""])[0]
+        if _is_foreign(scope) or not await asyncio.to_thread(self._policy.accepts, given.strip()):
+            self._failures.add(address)
+            self._on_event("login_failed", address)
+            await _respond(send, 403, self._form(scope, target, "access.wrong"), [])
+            return
+        self._on_event("login", address)
+        cookie = _set_cookie(scope, self._sessions.start())
+        await _respond(send, 303, b"", [(b"location", target.encode()), cookie])
+
+    def _form(self, scope: Scope, target: str, problem: str | None, **params: Any) -> bytes:
+        words = catalog(guess_language(_header(scope, b"accept-language").split(",")[0]))
+        key = "token" if self._policy.has_token else "password"
+        said = f"<p role=alert>{html.escape(words.text(problem, **params))}</p>" if problem else ""
+        return _PAGE.format(
+            language=words.language,
+            title=html.escape(words.text("access.title")),
+            hint=html.escape(words.text(f"access.{key}_hint")),
+            label=html.escape(words.text(f"access.{key}")),
+            button=html.escape(words.text("access.enter")),
+            action=html.escape(f"{LOGIN}?next={quote(target)}"),
+            problem=said,
+        ).encode()
+
+
+_PAGE: Final = """<!doctype html><html lang={language}><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>{title}</title><style>
+body{{font:16px/1.5 system-ui,sans-serif;background:#f7f4f0;color:#1c1917;display:grid;place-items:center;min-height:95vh;margin:0}}
+main{{background:#fff;border:1px solid #e4ddd4;border-radius:8px;padding:2rem;width:min(24rem,85vw)}}
+h1{{font-size:1.4rem;margin:0 0 .5rem;color:#9a3412}} input,button{{font:inherit;width:100%;box-sizing:border-box;padding:.6rem;
+border-radius:6px;border:1px solid #a8a29e;margin-top:.35rem}} button{{background:#c2410c;color:#fff;border:0;margin-top:1rem}}
+p[role=alert]{{color:#9f1239}}</style>
+<main><h1>{title}</h1><p>{hint}</p>{problem}<form method=post action="{action}">
+<label>{label}<input type=password name=password autocomplete=current-password required autofocus></label>
+<button>{button}</button></form></main></html>"""
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return b",".join(value for key, value in scope["headers"] if key == name).decode("latin-1")
+
+
+def _cookie(scope: Scope) -> str | None:
+    try:
+        morsel = SimpleCookie(_header(scope, b"cookie").replace(",", ";")).get(COOKIE)
+    except CookieError:
+        return None
+    return morsel.value if morsel else None
+
+
+def _set_cookie(scope: Scope, value: str, seconds: int | None = None) -> tuple[bytes, bytes]:
+    """Without a lifetime the browser forgets it when it closes; the server ends it earlier by itself."""
+    parts = [f"{COOKIE}={value}", "Path=/", "HttpOnly", "SameSite=Lax"]
+    parts += ["Secure"] if scope["scheme"] == "https" else []
+    parts += [f"Max-Age={seconds}"] if seconds is not None else []
+    return b"set-cookie", "; ".join(parts).encode()
+
+
+def _place(scope: Scope) -> str:
+    query = scope["query_string"].decode("latin-1")
+    return f"{scope['path']}?{query}" if query else str(scope["path"])
+
+
+def _local(target: str) -> str:
+    """The place to go to after the login, if it is one of this server: an open redirect would lend our name to others."""
+    parts = urlsplit(target.replace("\\", "/"))
+    is_local = not parts.scheme and not parts.netloc and target.startswith("/") and not target.startswith("//")
+    return quote(target, safe="/?&=%#:") if is_local and target.isprintable() else "/"
+
+
+def _is_foreign(scope: Scope) -> bool:
+    """A form sent from another site: browsers name their origin on a POST."""
+    origin = _header(scope, b"origin")
+    return bool(origin) and urlsplit(origin).netloc != _header(scope, b"host")
+
+
+async def _body(receive: Receive) -> bytes:
+    body = b""
+    while len(body) <= _FORM_BYTES:
+        event = await receive()
+        body += bytes(event.get("body", b""))
+        if event["type"] != "http.request" or not event.get("more_body"):
+            return body
+    return b""
+
+
+async def _respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    kind = (b"content-type", b"text/html; charset=utf-8")
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *_HEADERS, length, kind]})
+    await send({"type": "http.response.body", "body": body})
