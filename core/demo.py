@@ -130,14 +130,11 @@ def write_config(project: Project, model: Path, data: Path, steps: int) -> Path:
     """The guide's chapter 1.3 and 1.4: copy XTuner's config, apply the recipe, then what a short run on this machine needs."""
     entry = next(entry for entry in search(CONFIG) if entry.name == CONFIG)
     copied = copy_config(entry, project)
-    source = apply(ConfigSource(read_config(copied.path)), RECIPES["guide_small"](read_model(model), read_data(data)))
+    source = apply(ConfigSource(read_config(copied.path)), RECIPES["first_try"](read_model(model), read_data(data)))
     machine = read_machine(project)
     if not machine.gpu_count:
         source = set_method(source, "lora")
     for path, value in (
-        ("max_length", 256),
-        ("max_epochs", 2),
-        ("accumulative_counts", 1),
         ("save_steps", steps),
         ("evaluation_freq", steps),
         ("evaluation_inputs", [QUESTION]),

@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 import psutil
 
-from core.checkpoints.companions import DESCRIPTION, write_card
+from core.checkpoints.card import write_card
+from core.checkpoints.companions import DESCRIPTION
 from core.checkpoints.lora import Change, load_pair
 from core.checkpoints.merge import MergePlan, plan_merge
 from core.checkpoints.shards import read_folder
@@ -24,8 +25,10 @@ from core.runs.job import Progress
 
 LAYER_TOLERANCE: Final = {"F32": 1e-5, "F16": 2e-3, "BF16": 1.6e-2}
 """Relative L2 error of one product W'·x that rounding W' to the type may cause (a few times its unit roundoff)."""
-LOGIT_TOLERANCE: Final = {"F32": 1e-4, "F16": 1e-2, "BF16": 8e-2}
-"""Relative L2 error of the logits, both models computed in float32: the rounding of every layer added up."""
+LOGIT_TOLERANCE: Final = 5e-3
+"""Relative L2 error of the logits against peft's own merge, rounded to the same type, both models computed in float32. Equal weights give
+about 1e-6; a few weights that fall on the other side of a rounding boundary, since the sums are in another order, a little more. What the
+rounding itself costs depends on the model (SmolLM2-135M in bfloat16: 9e-2), so it is reported, not judged."""
 PROMPTS: Final = ("你好，请介绍一下你自己。", "Who are you, and who made you?", "What is 17 + 25?")
 _BLOCK: Final = 1 << 20
 
@@ -33,8 +36,9 @@ _BLOCK: Final = 1 << 20
 def verify_merge(folder: str, *, method: str = "auto", progress: Progress) -> dict[str, Any]:
     """Check the merged model `folder` against its base and adapters, as its danlu.json names them; write the figures there.
 
-    `method`: "layers" (any size, memory < 100 MB), "logits" (both models in float32, one after the other; layers first), or "auto": logits if
-    they fit in half of the free memory. Returns the figures. Raises JobError `checkpoints.verify_failed` if a figure is over its tolerance.
+    `method`: "layers" (any size, memory < 100 MB), "logits" (both models in float32, one after the other;
+    layers first), or "auto": logits if they fit in half of the free memory.
+    Returns the figures. Raises JobError `checkpoints.verify_failed` if one is over its tolerance.
     """
     merged = Path(folder)
     described = read_json(merged / DESCRIPTION)
@@ -45,7 +49,7 @@ def verify_merge(folder: str, *, method: str = "auto", progress: Progress) -> di
     plan = plan_merge(base, [Path(item["path"]) for item in adapters], [item["weight"] for item in adapters])
     figures = check_layers(plan, merged, progress)
     if method == "logits" or (method == "auto" and len(adapters) == 1 and _fits(plan)):
-        figures |= check_logits(base, Path(adapters[0]["path"]), merged, plan.dtype, progress)
+        figures |= check_logits(plan, base, Path(adapters[0]["path"]), merged, progress)
     figures["passed"] = bool(
         figures["differing_tensors"] == 0
         and figures["layer_error"] <= figures["layer_tolerance"]
@@ -97,30 +101,56 @@ def check_layers(plan: MergePlan, merged: Path, progress: Progress) -> dict[str,
     }
 
 
-def check_logits(base: Path, adapter: Path, merged: Path, dtype: str, progress: Progress) -> dict[str, Any]:
-    """Logits and greedy answers of base + adapter (peft, not merged) and of the merged model, both computed in float32 on the CPU."""
+def check_logits(plan: MergePlan, base: Path, adapter: Path, merged: Path, progress: Progress) -> dict[str, Any]:
+    """Logits and greedy answers of base + adapter (peft) and of the merged model, all computed in float32 on the CPU.
+
+    The merged model is judged against peft's merge of the same adapter, rounded once to the same types; `rounding_error` tells how far
+    that rounding moves the logits from base + adapter unmerged.
+    """
     from peft import PeftModel
 
     progress.update(0, 3, message("checkpoints.progress.verify_logits"))
     reference = PeftModel.from_pretrained(_load_model(base), str(adapter)).eval()
-    expected, expected_answers = _run_model(reference, merged)
-    del reference
+    unmerged, expected_answers = _run_model(reference, merged)
+    rounded = _round_changed(reference.merge_and_unload(), plan)
+    expected, _ = _run_model(rounded, merged)
+    del reference, rounded
     gc.collect()
     progress.update(1, 3, message("checkpoints.progress.verify_logits"))
     found, answers = _run_model(_load_model(merged), merged)
     gc.collect()
     progress.update(2, 3, message("checkpoints.progress.verify_logits"))
-    spread = np.linalg.norm(expected - expected.mean(axis=1, keepdims=True))
     return {
         "method": "logits",
-        "logit_error": float(np.linalg.norm(expected - found) / spread),
-        "logit_tolerance": LOGIT_TOLERANCE.get(dtype, LOGIT_TOLERANCE["F32"]),
-        "top1_agreement": float((expected.argmax(axis=1) == found.argmax(axis=1)).mean()),
+        "logit_error": _distance(expected, found),
+        "logit_tolerance": LOGIT_TOLERANCE,
+        "rounding_error": _distance(unmerged, found),
+        "top1_agreement": float((unmerged.argmax(axis=1) == found.argmax(axis=1)).mean()),
         "answers": [
             {"prompt": prompt, "base_adapter": before, "merged": after}
             for prompt, before, after in zip(PROMPTS, expected_answers, answers, strict=True)
         ],
     }
+
+
+def _distance(expected: Any, found: Any) -> float:
+    """L2 distance of logits, relative to their spread around each position's mean."""
+    spread = np.linalg.norm(expected - expected.mean(axis=1, keepdims=True))
+    return float(np.linalg.norm(expected - found) / spread)
+
+
+def _round_changed(model: Any, plan: MergePlan) -> Any:
+    """Round the weights that the adapter changed to the type they have on the disk, in place."""
+    import torch
+
+    types = {"F16": torch.float16, "BF16": torch.bfloat16}
+    dtypes = {name: tensor.dtype for shard, _ in plan.shards for name, tensor in shard.tensors.items()}
+    dtypes |= {name: shard.tensors[old].dtype for shard, new in plan.shards for name, old in new.items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in plan.plan.changes and dtypes.get(name) in types:
+                parameter.copy_(parameter.to(types[dtypes[name]]).float())
+    return model
 
 
 def hash_files(folder: Path, progress: Progress) -> dict[str, str]:

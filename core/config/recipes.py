@@ -31,6 +31,22 @@ class Shown:
     """Unified diff; empty if the config has it already."""
 
 
+def first_try(model: ModelFacts | None, data: DataFacts | None) -> list[Step]:
+    """Five minutes on the embedded model and the personal assistant, on a CPU too: short texts, a bold rate, an update every step."""
+    return [
+        *_model_steps(model),
+        *_set("max_length", 256),
+        *_set("max_epochs", 2),
+        *_set("accumulative_counts", 1, why="each_step"),
+        *_set("lr", 1e-3),
+        *_set("save_steps", 20, why="save_often"),
+        *_set("save_total_limit", 3),
+        *_set("evaluation_freq", 20),
+        *_set("evaluation_inputs", list(QUESTIONS)),
+        *_data_steps(data),
+    ]
+
+
 def guide_small(model: ModelFacts | None, data: DataFacts | None) -> list[Step]:
     """Chapter 1.4 of the guide, for InternLM2-1.8B: model, data, shorter texts, two epochs, more checkpoints, own questions."""
     return [
@@ -64,6 +80,7 @@ def guide_large(model: ModelFacts | None, data: DataFacts | None) -> list[Step]:
 
 
 RECIPES: Final[dict[str, Callable[[ModelFacts | None, DataFacts | None], list[Step]]]] = {
+    "first_try": first_try,
     "guide_small": guide_small,
     "guide_large": guide_large,
 }
@@ -86,12 +103,12 @@ def apply(source: ConfigSource, steps: list[Step]) -> ConfigSource:
     return source
 
 
-def _set(path: str, value: Any) -> list[Step]:
-    """Only where the config has the place: not every one has each variable."""
+def _set(path: str, value: Any, why: str | None = None) -> list[Step]:
+    """Only where the config has the place: not every one has each variable. `why`: key of the explanation if not the path."""
     shown = ", ".join(value) if isinstance(value, list) else value
     return [
         Step(
-            message(f"config.recipe.{path}", value=shown),
+            message(f"config.recipe.{why or path}", value=shown),
             lambda source: source.set(path, value) if source.has(path) else source,
         )
     ]

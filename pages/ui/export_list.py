@@ -75,6 +75,7 @@ def _figures(verified: dict[str, object]) -> None:
                 "export.logit_error",
                 error=verified["logit_error"],
                 tolerance=verified["logit_tolerance"],
+                rounding=verified["rounding_error"],
                 agreement=verified["top1_agreement"],
             )
         )
