@@ -3,10 +3,11 @@
 import operator
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-NEEDS_GPU: Final = frozenset({"train", "gpu_proof", "memory", "multigpu"})
+NEEDS_GPU: Final = frozenset({"train", "gpu_proof", "kernels", "memory", "multigpu"})
 _COMPARE: Final = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
 
 
@@ -18,8 +19,8 @@ class NoGpu(Exception):
 class Result:
     """Figures by key (the unit is in the key), and what some of them must be."""
 
-    figures: dict[str, float | int | str | None]
-    targets: dict[str, tuple[str, float]] = field(default_factory=dict)
+    figures: Mapping[str, float | int | str | None]
+    targets: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     """Key of a figure → (comparison, value), such as `("<", 3.0)`."""
 
     @property

@@ -157,12 +157,13 @@ def _is_foreign(scope: Scope) -> bool:
 
 
 async def _body(receive: Receive) -> bytes:
+    """The form that was sent; nothing of one that is larger than a login can be."""
     body = b""
     while len(body) <= _FORM_BYTES:
         event = await receive()
         body += bytes(event.get("body", b""))
         if event["type"] != "http.request" or not event.get("more_body"):
-            return body
+            return body if len(body) <= _FORM_BYTES else b""
     return b""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from core.errors import InputError
 from core.messages import message
+from core.models.remote_code import require_allowed
 from core.project import Project
 from core.runs.job import Progress
 from core.xtuner.tokens import training_tokens
@@ -85,7 +86,7 @@ def load_tokenizer(project: Project, model_folder: Path) -> TextTokenizer:
 @lru_cache(maxsize=4)
 def _load(model_folder: Path, file: Path, modified_ns: int) -> TextTokenizer:
     del modified_ns
-    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer
 
     try:
         backend = Tokenizer.from_file(str(file))
@@ -126,6 +127,7 @@ def export_tokenizer(project: str, model_folder: str, progress: Progress) -> dic
     from transformers import AutoTokenizer
 
     folder = Path(model_folder)
+    require_allowed(Project(Path(project)), folder)
     progress.update(0, 1, message("data.progress.tokenizer"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="right")
