@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from core.config.checks_of_data import DATA_CHECKS
+from core.config.checks_of_start import START_CHECKS
 from core.config.checks_of_training import TRAINING_CHECKS
 from core.config.edits import data_files
 from core.config.facts import DataFacts, Machine, ModelFacts, read_data, read_model
@@ -62,7 +63,7 @@ def _data(files: Sequence[Path]) -> DataFacts | None:
 
 def check(source: ConfigSource, context: Context) -> list[Finding]:
     """Everything that is wrong or odd, worst first."""
-    findings = [finding for one in (*DATA_CHECKS, *TRAINING_CHECKS) for finding in one(source, context)]
+    findings = [finding for one in (*DATA_CHECKS, *TRAINING_CHECKS, *START_CHECKS) for finding in one(source, context)]
     return sorted(findings, key=lambda finding: (_ORDER[finding.severity], finding.line or 0))
 
 

@@ -118,6 +118,15 @@ def check_system(source: ConfigSource, context: Context) -> Iterator[Finding]:
         if system != escaped:
             fix = lambda edited: edited.set("SYSTEM", escaped)  # noqa: E731
             yield found("system_braces", Severity.ERROR, line=source.line_of("SYSTEM"), fix=fix)
+    template = prompt_templates().get(str(source.get("prompt_template", "")).removeprefix("PROMPT_TEMPLATE."))
+    if system and template is not None and template.SYSTEM is None and _is_used_by_hook(source):
+        fix = lambda edited: edited.set("SYSTEM", "")  # noqa: E731
+        line = source.line_of("SYSTEM")
+        yield found("system_unsupported", Severity.WARNING, line=line, fix=fix, template=template.name)
+
+
+def _is_used_by_hook(source: ConfigSource) -> bool:
+    return source.variable_at("custom_hooks[EvaluateChatHook].system") == "SYSTEM"
 
 
 def check_evaluation(source: ConfigSource, context: Context) -> Iterator[Finding]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
-from core.config.edits import method_of, without_warmup
+from core.config.edits import method_of, rename, without_warmup
 from core.config.findings import Check, Context, Finding, Severity, found, iterations_per_epoch, number
-from core.config.imports import bound_names
+from core.config.imports import KNOWN_NAMES, bound_names, bring_in
 from core.config.source import ConfigSource
 from core.config.values import Code
 
@@ -27,9 +27,11 @@ def check_warmup(source: ConfigSource, context: Context) -> Iterator[Finding]:
     if not isinstance(end, int | float) or source.effective("param_scheduler[LinearLR].by_epoch") is False:
         return
     if int(end * iterations[0]) == 0:
-        severity = Severity.ERROR if int(end * iterations[1]) == 0 else Severity.WARNING
+        # Our runtime leaves such a warm-up out; the config alone would stop `xtuner train`.
         line = source.line_of("param_scheduler[LinearLR]")
-        yield found("warmup_zero", severity, line=line, fix=without_warmup, low=iterations[0], high=iterations[1])
+        yield found(
+            "warmup_zero", Severity.WARNING, line=line, fix=without_warmup, low=iterations[0], high=iterations[1]
+        )
 
 
 def check_save_steps(source: ConfigSource, context: Context) -> Iterator[Finding]:
@@ -56,19 +58,30 @@ def check_save_steps(source: ConfigSource, context: Context) -> Iterator[Finding
 
 
 def check_varlen(source: ConfigSource, context: Context) -> Iterator[Finding]:
-    """Variable-length attention and sequence parallelism need flash-attn and packing."""
-    if source.effective("use_varlen_attn") is True and not context.machine.has_flash_attention:
+    """Variable-length attention needs flash-attn, packing, and one pack a micro-batch (xtuner/model/sft.py, collate_fns)."""
+    if source.effective("use_varlen_attn") is not True:
+        return
+    line = source.line_of("use_varlen_attn")
+    if not context.machine.has_flash_attention:
         fix = lambda edited: edited.set("use_varlen_attn", False)  # noqa: E731
-        yield found("varlen", Severity.ERROR, line=source.line_of("use_varlen_attn"), fix=fix)
-    size = int(number(source, "sequence_parallel_size", 1))
-    if size > 1 and (not context.machine.has_flash_attention or context.world_size % size):
-        fix = lambda edited: edited.set("sequence_parallel_size", 1)  # noqa: E731
-        line = source.line_of("sequence_parallel_size")
-        yield found("sequence_parallel", Severity.ERROR, line=line, fix=fix, size=size, world_size=context.world_size)
+        yield found("varlen", Severity.ERROR, line=line, fix=fix)
+    if source.effective("pack_to_max_length", True) is not True:
+        fix = lambda edited: edited.set("pack_to_max_length", True)  # noqa: E731
+        yield found("varlen_packing", Severity.ERROR, line=line, fix=fix)
+    batch = int(number(source, "batch_size", 1))
+    if batch > 1:
+        counts = int(number(source, "accumulative_counts", 1)) * batch
+        fix = lambda edited: edited.set("batch_size", 1).set("accumulative_counts", counts)  # noqa: E731
+        yield found(
+            "varlen_batch", Severity.ERROR, line=source.line_of("batch_size"), fix=fix, batch=batch, counts=counts
+        )
 
 
 def check_precision(source: ConfigSource, context: Context) -> Iterator[Finding]:
-    """The dtype of AMP fits the hardware; float16 loss scaling cannot unscale weights that are bfloat16."""
+    """The dtype of AMP fits the hardware; its gradient scaler takes float32 gradients only, so trained weights must be float32.
+
+    torch: `_amp_foreach_non_finite_check_and_unscale_cuda` knows no bfloat16, and float16 gradients are refused (xtuner issue 960).
+    """
     amp, line = source.get("optim_wrapper.dtype", None), source.line_of("optim_wrapper.dtype")
     weights = str(source.get("model.llm.torch_dtype", None)).rpartition(".")[2]
     if context.deepspeed is not None:
@@ -77,12 +90,14 @@ def check_precision(source: ConfigSource, context: Context) -> Iterator[Finding]
         yield found("no_bf16", Severity.ERROR, line=line or source.line_of("model.llm.torch_dtype"), fix=_to_float16)
     elif context.machine.supports_bf16 and amp == "float16":
         yield found("prefer_bf16", Severity.ADVICE, line=line, fix=_to_bfloat16)
-    if method_of(source) == "full" and weights in {"float16", "bfloat16"} and amp == "float16":
-        yield found("fp16_full", Severity.ERROR, line=line, fix=_to_bfloat16)
+    is_scaled = source.type_name("optim_wrapper") == "AmpOptimWrapper" and context.machine.gpu_count > 0
+    if method_of(source) == "full" and weights in {"float16", "bfloat16"} and is_scaled:
+        fix = lambda edited: edited.set("model.llm.torch_dtype", Code("torch.float32"))  # noqa: E731
+        yield found("half_full", Severity.ERROR, line=source.line_of("model.llm.torch_dtype"), fix=fix, weights=weights)
 
 
 def check_quantization(source: ConfigSource, context: Context) -> Iterator[Finding]:
-    """QLoRA needs bitsandbytes, and no ZeRO-3: 4-bit weights cannot be split by it."""
+    """QLoRA needs bitsandbytes, a GPU to be of use, and a base that is not quantised yet."""
     if method_of(source) != "qlora":
         return
     line = source.line_of("model.llm.quantization_config")
@@ -91,32 +106,8 @@ def check_quantization(source: ConfigSource, context: Context) -> Iterator[Findi
         yield found("no_bitsandbytes", Severity.ERROR, line=line, fix=drop)
     elif not context.machine.gpu_count:
         yield found("qlora_on_cpu", Severity.WARNING, line=line, fix=drop)
-    if context.deepspeed and "zero3" in context.deepspeed:
-        yield found("qlora_zero3", Severity.ERROR, line=line, deepspeed=context.deepspeed)
     if context.model is not None and context.model.is_quantized:
         yield found("quantized_twice", Severity.ERROR, line=line, fix=drop)
-
-
-def check_full(source: ConfigSource, context: Context) -> Iterator[Finding]:
-    """Full fine-tuning on GPUs is meant for DeepSpeed: without it optimizer states are not split."""
-    if method_of(source) == "full" and context.machine.gpu_count and context.deepspeed is None:
-        yield found("full_without_deepspeed", Severity.WARNING)
-
-
-def check_deepspeed(source: ConfigSource, context: Context) -> Iterator[Finding]:
-    """DeepSpeed 0.15.2–0.18.9 drops all micro-batches but first and last with optimizer offload and accumulation over 2."""
-    version, counts = context.machine.deepspeed_version, number(source, "accumulative_counts", 1)
-    if context.deepspeed is None:
-        return
-    if version is None:
-        yield found("no_deepspeed", Severity.ERROR, deepspeed=context.deepspeed)
-    elif (
-        "offload" in context.deepspeed
-        and "zero3" not in context.deepspeed
-        and counts > 2
-        and (0, 15, 2) <= _parts(version) <= (0, 18, 9)
-    ):
-        yield found("offload_drops", Severity.ERROR, version=version, counts=int(counts))
 
 
 def check_learning_rate(source: ConfigSource, context: Context) -> Iterator[Finding]:
@@ -140,12 +131,23 @@ def check_learning_rate(source: ConfigSource, context: Context) -> Iterator[Find
 
 
 def check_attention(source: ConfigSource, context: Context) -> Iterator[Finding]:
-    """InternLM2's own code falls back to eager attention where flash-attn is missing, unless told."""
+    """InternLM2's own code falls back to eager attention where flash-attn is missing, unless told; our runtime tells it."""
     if context.model is None or not context.model.is_internlm2 or context.machine.has_flash_attention:
         return
     if source.get("model.llm.attn_implementation", None) is None and source.has("model.llm"):
         fix = lambda edited: edited.set("model.llm.attn_implementation", "sdpa")  # noqa: E731
-        yield found("eager_attention", Severity.WARNING, line=source.line_of("model.llm"), fix=fix)
+        yield found("eager_attention", Severity.ADVICE, line=source.line_of("model.llm"), fix=fix)
+
+
+def check_length(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """Positions beyond those the model was trained for mean nothing to it, unless the config scales them."""
+    length = int(number(source, "max_length", 0))
+    limit = context.model.context_length if context.model is not None else None
+    if limit is None or length <= limit or source.has("model.max_position_embeddings"):
+        return
+    fix = lambda edited: edited.set("max_length", limit)  # noqa: E731
+    line = source.line_of("max_length")
+    yield found("too_long", Severity.WARNING, line=line, fix=fix, length=length, limit=limit)
 
 
 def check_names(source: ConfigSource, context: Context) -> Iterator[Finding]:
@@ -153,7 +155,8 @@ def check_names(source: ConfigSource, context: Context) -> Iterator[Finding]:
     del context
     for name in ("input", "round"):
         if source.has(name):
-            yield found("reserved_name", Severity.ERROR, line=source.line_of(name), name=name)
+            fix = partial(rename, name=name, new=f"{name}_")
+            yield found("reserved_name", Severity.ERROR, line=source.line_of(name), fix=fix, name=name, new=f"{name}_")
 
 
 def check_imports(source: ConfigSource, context: Context) -> Iterator[Finding]:
@@ -173,7 +176,10 @@ def check_imports(source: ConfigSource, context: Context) -> Iterator[Finding]:
     bound |= {node.arg for node in ast.walk(source.tree.module) if isinstance(node, ast.arg)}
     for node in ast.walk(source.tree.module):
         if isinstance(node, ast.Name) and node.id not in bound:
-            yield found("unknown_name", Severity.ERROR, line=node.lineno, name=node.id)
+            is_known = node.id in KNOWN_NAMES
+            fix = partial(_import, name=node.id) if is_known else None
+            yield found("unknown_name", Severity.ERROR, line=node.lineno, fix=fix, name=node.id)
+            bound.add(node.id)
 
 
 def check_disk(source: ConfigSource, context: Context) -> Iterator[Finding]:
@@ -186,7 +192,18 @@ def check_disk(source: ConfigSource, context: Context) -> Iterator[Finding]:
     if needed > free:
         line = source.line_of("save_total_limit")
         needed_gib, free_gib = round(needed / 2**30, 1), round(free / 2**30, 1)
-        yield found("disk", Severity.ERROR, line=line, keep=keep, needed_gib=needed_gib, free_gib=free_gib)
+        fewer = int(free / one) - 1 if one else 0
+        fix = (lambda edited: edited.set("save_total_limit", fewer)) if 0 < fewer != keep else None
+        yield found(
+            "disk",
+            Severity.ERROR,
+            line=line,
+            fix=fix,
+            keep=keep,
+            needed_gib=needed_gib,
+            free_gib=free_gib,
+            fewer=fewer,
+        )
     elif keep <= 0:
         fix = lambda edited: edited.set("save_total_limit", 3)  # noqa: E731
         yield found("keep_all", Severity.ADVICE, line=source.line_of("save_total_limit"), fix=fix)
@@ -200,10 +217,9 @@ TRAINING_CHECKS: Final[tuple[Check, ...]] = (
     check_varlen,
     check_precision,
     check_quantization,
-    check_full,
-    check_deepspeed,
     check_learning_rate,
     check_attention,
+    check_length,
     check_disk,
 )
 
@@ -219,9 +235,9 @@ def _precision(source: ConfigSource, name: str) -> ConfigSource:
     return source
 
 
+def _import(source: ConfigSource, *, name: str) -> ConfigSource:
+    return ConfigSource(bring_in(source.text, name))
+
+
 _to_float16 = partial(_precision, name="float16")
 _to_bfloat16 = partial(_precision, name="bfloat16")
-
-
-def _parts(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.partition("+")[0].split(".")[:3] if part.isdigit())

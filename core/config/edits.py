@@ -1,8 +1,9 @@
 """Edits that must travel together: another model, another data file, another method. Each is one operation on the source."""
 
+import ast
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from core.config.facts import DataFacts, ModelFacts
 from core.config.source import ConfigSource
@@ -137,6 +138,19 @@ def best_map_processes(data: DataFacts, cpu_count: int | None = None) -> int:
 
 def set_map_processes(source: ConfigSource, data: DataFacts, *, cpu_count: int | None = None) -> ConfigSource:
     return source.set(f"{dataset_path(source)}.map_num_proc", best_map_processes(data, cpu_count))
+
+
+def rename(source: ConfigSource, *, name: str, new: str) -> ConfigSource:
+    """A variable under another name, everywhere in the config."""
+    places = [source.tree.span(node)[0] for node in ast.walk(source.tree.module) if _is_name(node, name)]
+    data, size = source.tree.data, len(name.encode())
+    for start in sorted(places, reverse=True):
+        data = data[:start] + new.encode() + data[start + size :]
+    return ConfigSource(data.decode("utf-8", errors="surrogatepass"))
+
+
+def _is_name(node: ast.AST, name: str) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def without_warmup(source: ConfigSource) -> ConfigSource:

@@ -32,6 +32,8 @@ class ModelFacts:
     tokens: TrainingTokens
     is_quantized: bool
     weight_bytes: int
+    context_length: int | None = None
+    """Positions it was trained for."""
 
     @property
     def is_internlm2(self) -> bool:
@@ -87,6 +89,7 @@ def read_model(folder: Path) -> ModelFacts:
         tokens=training_tokens(folder),
         is_quantized="quantization_config" in config,
         weight_bytes=sum(file.stat().st_size for file in weights),
+        context_length=config.get("max_position_embeddings"),
     )
 
 

@@ -30,6 +30,8 @@ class Finding:
     message: Message
     line: int | None = None
     fix: Edit | None = None
+    choose: str | None = None
+    """The DeepSpeed choice of the launch page that mends it, where no edit of the config does."""
     fix_message: Message | None = None
 
 
@@ -57,12 +59,12 @@ def found(
     *,
     line: int | None = None,
     fix: Edit | None = None,
-    fix_params: dict[str, object] | None = None,
+    choose: str | None = None,
     **params: object,
 ) -> Finding:
-    """A finding whose sentences are `config.checks.<code>` and, with a fix, `config.fixes.<code>`."""
-    fix_message = None if fix is None else message(f"config.fixes.{code}", **(fix_params or params))
-    return Finding(code, severity, message(f"config.checks.{code}", **params), line, fix, fix_message)
+    """A finding whose sentences are `config.checks.<code>` and, with a fix or a choice, `config.fixes.<code>`."""
+    fix_message = None if fix is None and choose is None else message(f"config.fixes.{code}", **params)
+    return Finding(code, severity, message(f"config.checks.{code}", **params), line, fix, choose, fix_message)
 
 
 def number(source: ConfigSource, path: str, default: float) -> float:

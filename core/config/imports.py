@@ -72,8 +72,8 @@ def bound_names(tree: Tree) -> set[str]:
 
 
 def is_used(tree: Tree, name: str) -> bool:
-    """Whether the module reads a name anywhere."""
-    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree.module))
+    """Whether the module reads a name anywhere; `name *= 2` alone is no reading."""
+    return name in tree.names_read
 
 
 def bring_in(text: str, name: str, *, instead_of: str | None = None) -> str:

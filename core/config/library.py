@@ -1,7 +1,8 @@
 """The configs of a project: listed, copied from XTuner, saved under a name. Never overwrites what it did not read."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -97,6 +98,17 @@ def save_config(project: Project, draft: Draft) -> ConfigFile:
     write_text(path, draft.text)
     discard_draft(project, draft.name)
     return ConfigFile(draft.name, path, path.stat().st_mtime)
+
+
+def change_config(project: Project, name: str, edit: Callable[[ConfigSource], ConfigSource]) -> ConfigFile:
+    """Edit a saved config in place, as the launch page's fixes do; the version before goes to `.danlu/versions/`.
+
+    Raises ConflictError `config.has_draft` if there are unsaved edits, which must not be lost or saved unseen.
+    """
+    draft = open_draft(project, name)
+    if draft.text != draft.saved_text or draft.broken_text is not None:
+        raise ConflictError("config.has_draft", name=name)
+    return save_config(project, replace(draft, text=edit(ConfigSource(draft.text)).text))
 
 
 def original(name: str) -> str | None:

@@ -57,7 +57,7 @@ def make(model: ModelFacts, data: DataFacts | None, machine: Machine, wishes: Wi
 def file_name(model: ModelFacts, data: DataFacts | None, method: str) -> str:
     """`smollm2_135m_instruct_lora_personal_assistant`: as XTuner names its configs."""
     parts = (model.path.name, method, data.path.stem if data else "data")
-    return re.sub(r"[^0-9a-z_\u4e00-\u9fff]+", "_", "_".join(parts).lower()).strip("_")
+    return re.sub(r"[^0-9a-z\u4e00-\u9fff]+", "_", "_".join(parts).lower()).strip("_")
 
 
 def _values(model: ModelFacts, data: DataFacts | None, machine: Machine, wishes: Wishes) -> dict[str, str]:
@@ -85,7 +85,8 @@ def _values(model: ModelFacts, data: DataFacts | None, machine: Machine, wishes:
         "save_steps": str(wishes.accumulative_counts * -(-500 // wishes.accumulative_counts)),
         "questions": format_value(list(QUESTIONS)),
         "attention": 'attn_implementation="sdpa",',
-        "torch_dtype": f"torch.{dtype}",
+        # Trained weights stay in full precision: AMP's gradient scaler takes no others, and DeepSpeed casts them itself.
+        "torch_dtype": f"torch.{'float32' if method == 'full' else dtype}",
         "quantization": _quantization(dtype) if method == "qlora" else "",
         "lora": "" if method == "full" else _lora(model),
         "map_fn": map_fn or "None",

@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from core.errors import InputError
@@ -93,6 +94,12 @@ class Tree:
                 after_name = target if isinstance(statement, ast.Assign) else statement.annotation  # type: ignore[attr-defined]
                 return Place(value, self._after_equals(self.span(after_name)[1]), end, start, end, None)
         return None
+
+    @cached_property
+    def names_read(self) -> frozenset[str]:
+        """Every name that some expression of the module uses."""
+        nodes = (node for node in ast.walk(self.module) if isinstance(node, ast.Name))
+        return frozenset(node.id for node in nodes if isinstance(node.ctx, ast.Load))
 
     def variables(self) -> list[str]:
         """Names assigned in the module, in the order of the text, once each."""

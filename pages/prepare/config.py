@@ -7,15 +7,16 @@ import streamlit as st
 from core.config import library
 from core.config.checks import Surroundings
 from core.config.facts import model_folders, read_machine
-from core.config.library import Draft
 from core.config.source import ConfigSource
 from core.data.library import list_datasets
 from core.errors import DanluError, InputError
 from pages.ui import shell
-from pages.ui.config_draft import pop_error, save
+from pages.ui.config_bar import save_bar
+from pages.ui.config_draft import pop_error
 from pages.ui.config_form import form_view
-from pages.ui.config_new import new_forms, opened
-from pages.ui.config_views import changes_view, checks_view, guide_view, source_view
+from pages.ui.config_new import new_forms
+from pages.ui.config_recipes import guide_view
+from pages.ui.config_views import changes_view, checks_view, source_view
 from pages.ui.text import show_error, t
 
 VIEWS = ("form", "guide", "source", "changes")
@@ -35,35 +36,9 @@ def choose(names: list[str]) -> str:
     return name
 
 
-def save_bar(draft: Draft) -> None:
-    """Whether there is something to save, and the ways to do it."""
-    is_changed = draft.text != draft.saved_text
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.button(
-            t("config.save"),
-            type="primary",
-            icon=":material/save:",
-            disabled=not is_changed,
-            key="config_save",
-            on_click=save,
-            args=(project, draft),
-        )
-        with st.popover(t("config.save_as")):
-            new_name = st.text_input(t("config.save_as_name"), f"{draft.name}_2", key=f"config_save_as_{draft.name}")
-            if st.button(t("config.save_as"), key="config_save_as_do"):
-                opened(library.add_config(project, new_name, draft.text).name, "saved")
-        st.button(
-            t("config.discard"),
-            disabled=not is_changed and draft.broken_text is None,
-            key="config_discard",
-            on_click=lambda: library.discard_draft(project, draft.name),
-        )
-        st.caption(t("config.unsaved" if is_changed else "config.all_saved"))
-
-
 def editor(name: str) -> None:
     draft = library.open_draft(project, name)
-    save_bar(draft)
+    save_bar(project, draft)
     try:
         source = ConfigSource(draft.text)
     except InputError:
@@ -88,7 +63,7 @@ def editor(name: str) -> None:
         elif view == "source":
             source_view(project, name, draft)
         else:
-            changes_view(name, draft)
+            changes_view(project, name, draft)
     with right:
         files = [dataset.path for dataset in list_datasets(project) if dataset.is_trainable]
         around = Surroundings(read_machine(project), models=model_folders(project), data_files=files)

@@ -44,14 +44,14 @@ def _big_choices(project: Project, name: str, source: ConfigSource) -> None:
     files = {str(dataset.path): dataset.path.name for dataset in list_datasets(project)}
     current_model = source.get("pretrained_model_name_or_path", None)
     current_file = next(iter(edits.data_files(source)), None)
-    left, middle, right = st.columns([3, 3, 4])
+    left, right = st.columns(2)
     with left:
         _pick(project, name, "model", folders, str(current_model))
-    with middle:
+    with right:
         _pick(project, name, "data", files, str(current_file))
     key = f"config_method_{name}"
     st.session_state[key] = edits.method_of(source)
-    right.segmented_control(
+    st.segmented_control(
         t("config.method"),
         ("qlora", "lora", "full"),
         format_func=lambda method: t(f"config.methods.{method}"),

@@ -13,6 +13,8 @@ from core.xtuner.catalogue import ConfigEntry
 from pages.ui import shell
 from pages.ui.text import say, t
 
+_TABLE_PIXELS, _ROW_PIXELS = 260, 35
+
 
 def new_forms(project: Project) -> None:
     """Two ways side by side in tabs."""
@@ -78,7 +80,7 @@ def _catalogue(project: Project) -> None:
     st.caption(t("config.count", count=len(entries)))
     choice = st.dataframe(
         [_row(entry) for entry in entries],
-        height=260,
+        height=min(_TABLE_PIXELS, _ROW_PIXELS * (len(entries) + 1) + 3),
         hide_index=True,
         on_select="rerun",
         selection_mode="single-row",

@@ -1,69 +1,20 @@
-"""The other views of a config: the guide's edits, the source, the changes, and the checks beside them."""
+"""The other views of a config: the source, the changes, and the checks beside them."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import streamlit as st
 
-from core.config import edits, library, recipes
+from core.config import library
 from core.config.checks import Surroundings, apply_fix, check, fix_all, gather
-from core.config.facts import DataFacts, ModelFacts, read_data, read_model
-from core.config.findings import Finding, Severity
+from core.config.compare import compare
 from core.config.library import Draft
 from core.config.load import load_values
 from core.config.source import ConfigSource, diff
 from core.errors import DanluError, InputError
 from core.project import Project
 from pages.ui.config_draft import change, change_text
-from pages.ui.text import say, show_error, t
-
-_ICONS = {
-    Severity.ERROR: ":red[:material/error:]",
-    Severity.WARNING: ":orange[:material/warning:]",
-    Severity.ADVICE: ":blue[:material/info:]",
-}
-
-
-def guide_view(project: Project, name: str, source: ConfigSource) -> None:
-    """The guide's edits line by line, with what each would change here."""
-    recipe = st.selectbox(
-        t("config.choose_recipe"),
-        list(recipes.RECIPES),
-        format_func=lambda key: t(f"config.recipes.{key}"),
-        key="config_recipe",
-    )
-    model, data = _own(source)
-    steps = recipes.RECIPES[recipe](model, data)
-    if model is None or data is None:
-        st.caption(t("config.recipe_needs"))
-    st.button(
-        t("config.recipe_apply"),
-        type="primary",
-        icon=":material/playlist_add_check:",
-        key="config_recipe_apply",
-        on_click=lambda: change(project, name, lambda old: recipes.apply(old, steps)),
-    )
-    for step in recipes.show(source, steps):
-        st.markdown(say(step.why))
-        if step.diff:
-            lines = [line for line in step.diff.splitlines() if not line.startswith(("---", "+++", "@@"))]
-            st.code("\n".join(lines), language="diff")
-        else:
-            st.caption(t("config.recipe_nothing"))
-
-
-def _own(source: ConfigSource) -> tuple[ModelFacts | None, DataFacts | None]:
-    """Facts of the local model and data file the config names now."""
-    model_path, files = source.get("pretrained_model_name_or_path", None), edits.data_files(source)
-    try:
-        model = read_model(Path(model_path)) if isinstance(model_path, str) else None
-    except InputError:
-        model = None
-    try:
-        data = read_data(Path(files[0])) if files else None
-    except InputError:
-        data = None
-    return model, data
+from pages.ui.findings import finding_card
+from pages.ui.text import show_error, t
 
 
 def source_view(project: Project, name: str, draft: Draft) -> None:
@@ -86,24 +37,34 @@ def _show_broken(project: Project, draft: Draft, text: str) -> None:
         ConfigSource(text)
     except InputError as error:
         line, column = int(error.params.get("line", 1)), int(error.params.get("column", 1))
-        st.error(
-            t("config.broken", line=line, column=column, reason=error.params.get("reason", error.code)),
-            icon=":material/error:",
-        )
+        words = "config.broken" if _parses(draft.text) else "config.broken_file"
+        reason = error.params.get("reason", error.code)
+        st.error(t(words, line=line, column=column, reason=reason), icon=":material/error:")
         lines = text.splitlines()
         if 0 < line <= len(lines):
             st.code(f"{lines[line - 1]}\n{' ' * (column - 1)}^", language="python")
-    st.button(
-        t("config.drop_broken"),
-        key="config_drop_broken",
-        on_click=lambda: library.keep_draft(project, replace(draft, broken_text=None)),
-    )
+    if _parses(draft.text):
+        st.button(
+            t("config.drop_broken"),
+            key="config_drop_broken",
+            on_click=lambda: library.keep_draft(project, replace(draft, broken_text=None)),
+        )
 
 
-def changes_view(name: str, draft: Draft) -> None:
-    """What differs from XTuner's original, or from the file."""
+def _parses(text: str) -> bool:
+    """Whether there is a good version: a file may have come broken into the project."""
+    try:
+        ConfigSource(text)
+    except InputError:
+        return False
+    return True
+
+
+def changes_view(project: Project, name: str, draft: Draft) -> None:
+    """What differs from XTuner's original or from the file, line by line; from another config by what training reads."""
     bases = {"against_original": library.original(name), "against_saved": draft.saved_text}
-    names = [key for key, text in bases.items() if text is not None]
+    others = [config.name for config in library.list_configs(project) if config.name != name]
+    names = [key for key, text in bases.items() if text is not None] + (["against_other"] if others else [])
     base = st.segmented_control(
         t("config.against"),
         names,
@@ -112,11 +73,26 @@ def changes_view(name: str, draft: Draft) -> None:
         key=f"config_against_{name}",
         required=True,
     )
+    if base == "against_other":
+        _against_other(project, draft, others)
+        return
     text = diff(bases[str(base)] or "", draft.text, name=f"{name}.py")
     if text:
         st.code(text, language="diff", height=480)
     else:
         st.caption(t("config.no_changes"))
+
+
+def _against_other(project: Project, draft: Draft, others: list[str]) -> None:
+    other = st.selectbox(t("config.other_config"), others, key="config_other")
+    found = compare(ConfigSource(draft.text), ConfigSource(library.open_draft(project, other).text))
+    st.caption(t("config.compare_note"))
+    if not found:
+        st.caption(t("config.compare_same"))
+        return
+    columns = {"path": t("config.compare_path"), "left": draft.name, "right": other}
+    rows = [{"path": one.path, "left": one.left or "—", "right": one.right or "—"} for one in found]
+    st.dataframe([{columns[key]: value for key, value in row.items()} for row in rows], hide_index=True)
 
 
 def checks_view(project: Project, name: str, source: ConfigSource, around: Surroundings) -> None:
@@ -135,7 +111,8 @@ def checks_view(project: Project, name: str, source: ConfigSource, around: Surro
             on_click=lambda: change(project, name, lambda old: fix_all(old, around)),
         )
     for number, finding in enumerate(findings):
-        _finding(project, name, finding, number)
+        mends = (lambda one: change(project, name, lambda old: apply_fix(old, one))) if finding.fix else None
+        finding_card(finding, key=f"config_fix_{finding.code}_{number}", on_fix=mends)
     if st.button(
         t("config.try_load"),
         icon=":material/play_circle:",
@@ -144,18 +121,6 @@ def checks_view(project: Project, name: str, source: ConfigSource, around: Surro
         width="stretch",
     ):
         _try_load(source)
-
-
-def _finding(project: Project, name: str, finding: Finding, number: int) -> None:
-    place = f" :gray[{t('config.checks_line', line=finding.line)}]" if finding.line else ""
-    with st.container(border=True):
-        st.markdown(f"{_ICONS[finding.severity]} {say(finding.message)}{place}")
-        if finding.fix_message is not None:
-            st.button(
-                say(finding.fix_message),
-                key=f"config_fix_{finding.code}_{number}",
-                on_click=lambda: change(project, name, lambda old: apply_fix(old, finding)),
-            )
 
 
 def _try_load(source: ConfigSource) -> None:
