@@ -5,7 +5,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from core.runs.metrics import Column
+from core.runs.columns import Column
 
 MAX_POINTS: Final = 2000
 
@@ -15,18 +15,39 @@ def downsample(values: Column, max_points: int = MAX_POINTS) -> NDArray[np.intp]
 
     NaN and infinite values are left out: a chart cannot show them, health reports them.
     """
-    usable = np.flatnonzero(np.isfinite(values))
-    if len(usable) <= max_points:
-        return usable
-    parts = max(1, (max_points - 2) // 2)
-    edges = np.linspace(0, len(usable), parts + 1).astype(np.intp)[:-1]
-    chosen = values[usable]
-    part_of = np.repeat(np.arange(parts), np.diff(np.append(edges, len(usable))))
-    order = np.lexsort((chosen, part_of))  # within each part from lowest to highest
-    lowest = order[edges]
-    highest = order[np.append(edges[1:], len(usable)) - 1]
-    picked = np.unique(np.concatenate([lowest, highest, [0, len(usable) - 1]]))
-    indices: NDArray[np.intp] = usable[picked]
+    is_usable = np.isfinite(values)
+    if is_usable.all():
+        return _extremes(values, max_points)
+    usable = np.flatnonzero(is_usable)
+    indices: NDArray[np.intp] = usable[_extremes(values[usable], max_points)]
+    return indices
+
+
+def ratio(amounts: Column, seconds: Column, max_points: int = MAX_POINTS) -> tuple[NDArray[np.intp], Column]:
+    """Amount a second over equal parts of the steps: index of the last step of each part, and the ratio of the sums there."""
+    parts = min(max_points, len(amounts))
+    if not parts:
+        return np.empty(0, dtype=np.intp), np.empty(0)
+    starts = np.linspace(0, len(amounts), parts + 1).astype(np.intp)
+    counted = np.isfinite(amounts) & np.isfinite(seconds)
+    amount = np.add.reduceat(np.where(counted, amounts, 0), starts[:-1])
+    time = np.add.reduceat(np.where(counted, seconds, 0), starts[:-1])
+    return starts[1:] - 1, np.divide(amount, time, out=np.full(parts, np.nan), where=time > 0)
+
+
+def _extremes(values: Column, max_points: int) -> NDArray[np.intp]:
+    """Indices of the lowest and highest of equal parts, of the first and the last. All values are finite."""
+    count = len(values)
+    if count <= max_points:
+        return np.arange(count)
+    size = -(-count // max(1, (max_points - 2) // 2))
+    whole = count // size * size
+    starts = np.arange(0, whole, size)
+    blocks = values[:whole].reshape(-1, size)
+    picked = [starts + blocks.argmin(axis=1), starts + blocks.argmax(axis=1)]
+    if whole < count:
+        picked.append(np.array([whole + values[whole:].argmin(), whole + values[whole:].argmax()]))
+    indices: NDArray[np.intp] = np.unique(np.concatenate([*picked, [0, count - 1]]))
     return indices
 
 

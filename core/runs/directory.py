@@ -6,9 +6,14 @@
     metrics.jsonl   one line a micro-step, written by the trainer's hook
     gpu.jsonl       one line a sample, written by the supervisor
     samples.jsonl   sample answers, one line each
+    validation.jsonl  validation loss, one line each: {"iteration", "loss", "at"}
     progress.json   done / total / message of a job (tmp file + rename)
     result.json     what a job returned;  error.json  the DanluError it ended with
     stop.request    intent of a person: {"mode": "save" | "cancel", "at": …}
+    attempt.json    the run went on in its own folder: {"number", "resume", "log_offset", "at"}; missing: the first start
+    alerts.json     what the supervisor finds wrong with the training (`core.runs.health`)
+    watch.json      what it does about it: {"stop_on": […], "webhook": …}
+    notes.json      tags and a note of a person
     source/         the run's own copy of the config source, never edited
     …               XTuner's own files (iter_N.pth, last_checkpoint, <timestamp>/vis_data/…)
 
@@ -95,6 +100,10 @@ class RunDirectory:
         return self.path / "samples.jsonl"
 
     @property
+    def validation_file(self) -> Path:
+        return self.path / "validation.jsonl"
+
+    @property
     def progress_file(self) -> Path:
         return self.path / "progress.json"
 
@@ -109,6 +118,27 @@ class RunDirectory:
     @property
     def stop_file(self) -> Path:
         return self.path / "stop.request"
+
+    @property
+    def attempt_file(self) -> Path:
+        return self.path / "attempt.json"
+
+    @property
+    def alerts_file(self) -> Path:
+        return self.path / "alerts.json"
+
+    @property
+    def watch_file(self) -> Path:
+        return self.path / "watch.json"
+
+    @property
+    def notes_file(self) -> Path:
+        return self.path / "notes.json"
+
+    @property
+    def supervisor_lock(self) -> Path:
+        """Held by the run's one supervisor as long as it lives."""
+        return self.path / ".supervisor.lock"
 
     @property
     def source(self) -> Path:

@@ -11,7 +11,7 @@ from core.files import read_json
 from core.messages import Message, message
 from core.runs.directory import RunDirectory
 from core.runs.logs import log_file, read_head, read_tail
-from core.runs.state import Phase, RunStatus, read_status
+from core.runs.state import Phase, RunStatus, read_attempt, read_status
 
 _EVIDENCE_LINES: Final = 12
 _SEARCHED_BYTES: Final = 4 * 2**20
@@ -64,7 +64,9 @@ def explain_failure(run: RunDirectory, status: RunStatus | None = None) -> Failu
     if explained:
         return explained
     path = log_file(run)
-    lines = read_tail(path, _SEARCHED_BYTES).lines or read_head(path)
+    # A run that went on in its own folder: what an earlier attempt said is no cause of this end.
+    first_byte = int(read_attempt(run).get("log_offset") or 0)
+    lines = read_tail(path, _SEARCHED_BYTES, first_byte).lines or read_head(path)
     return explain_lines(lines, status)
 
 

@@ -32,6 +32,7 @@ class Progress:
         self._started_at = time.time()
         self._written_at = 0.0
         self._phase: str | None = None
+        self._first_done: float | None = None
 
     def update(self, done: float, total: float | None, message: Message, *, unit: str = "") -> None:
         """Say that `done` of `total` (None: not known) is done. `unit`: "bytes", "rows", "tensors" or "".
@@ -44,10 +45,13 @@ class Progress:
         if message.key == self._phase and not is_last and now - self._written_at < _WRITE_EVERY_SECONDS:
             return
         self._written_at, self._phase = now, message.key
+        if self._first_done is None and total is not None:
+            self._first_done, self._started_at = done, now
         write_json(
             self._run.progress_file,
             {
                 "done": done,
+                "first_done": self._first_done or 0,
                 "total": total,
                 "unit": unit,
                 "message": message.to_json(),

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from core.errors import MachineError
+from core.errors import ConflictError, MachineError
 from core.files import free_path, write_json
 from core.project import Project
 from core.runs.directory import RunDirectory, RunSpec
@@ -17,6 +17,8 @@ from core.runs.state import SUPERVISOR_MODULE
 
 _APP_ROOT: Final = Path(__file__).parents[2]
 _START_SECONDS: Final = 60.0
+_EXIT_SUPERVISED: Final = 4
+"""The supervisor's exit code when another one has the run."""
 
 
 def new_id(kind: str, parent: Path) -> str:
@@ -31,10 +33,13 @@ def now_utc() -> str:
 def launch(parent: Path, spec: RunSpec) -> RunDirectory:
     """Write run.json into the new folder `parent/spec.id` (or one already made for it) and start the supervisor in its own session.
 
-    The caller returns at once; nothing passes through a pipe. Raises MachineError if the folder cannot be written.
+    The caller returns at once; nothing passes through a pipe. Raises MachineError if the folder cannot be written, ConflictError if
+    there is a run in it already: a second server was faster.
     """
     run = RunDirectory(parent.absolute() / spec.id)
     run.path.mkdir(parents=True, exist_ok=True)
+    if run.spec_file.exists():
+        raise ConflictError("runs.already_started", run=run.id)
     write_json(run.spec_file, spec.to_json())
     start_supervisor(run)
     return run
@@ -44,7 +49,7 @@ def start_supervisor(run: RunDirectory, *, is_adopting: bool = False) -> None:
     """Start the supervisor of `run`, or one that takes over a run whose supervisor was killed. Returns once it stands.
 
     The process started here ends at once and leaves the supervisor to init, so the server has no child to wait for.
-    Raises MachineError if the supervisor cannot begin.
+    Raises MachineError if the supervisor cannot begin, ConflictError if the run has one already.
     """
     environment = {name: value for name, value in os.environ.items() if name != RUN_VARIABLE}
     log_file = run.path / "supervisor.log"
@@ -63,6 +68,10 @@ def start_supervisor(run: RunDirectory, *, is_adopting: bool = False) -> None:
             ).returncode
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MachineError("runs.no_supervisor", path=str(log_file), reason=str(error)) from error
+    if code == _EXIT_SUPERVISED and is_adopting:
+        return  # another tab or server asked for the same at the same time
+    if code == _EXIT_SUPERVISED:
+        raise ConflictError("runs.already_started", run=run.id)
     if code:
         raise MachineError("runs.no_supervisor", path=str(log_file), reason=f"exit code {code}")
 

@@ -38,16 +38,16 @@ def log_file(run: RunDirectory) -> Path:
     return max(run.path.glob("*/*.log"), key=lambda file: file.name, default=run.log_file)
 
 
-def read_tail(path: Path, max_bytes: int = TAIL_BYTES) -> LogTail:
-    """The whole lines in the last `max_bytes`, without colour codes. A missing file is empty."""
+def read_tail(path: Path, max_bytes: int = TAIL_BYTES, first_byte: int = 0) -> LogTail:
+    """The whole lines in the last `max_bytes` after `first_byte`, without colour codes. A missing file is empty."""
     try:
         with open(path, "rb") as stream:
             size = stream.seek(0, 2)
-            stream.seek(max(0, size - max_bytes))
+            stream.seek(max(first_byte, size - max_bytes))
             raw = stream.read(max_bytes)
     except OSError:
         return LogTail([], is_cut=False)
-    is_cut = size > max_bytes
+    is_cut = size - first_byte > max_bytes
     lines = clean(raw.decode("utf-8", "replace"))
     return LogTail(lines[1:] if is_cut and len(lines) > 1 else lines, is_cut)
 

@@ -7,23 +7,23 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from core.runs.columns import Column, GrowingRows
 from core.runs.directory import RunDirectory
 
-Column = NDArray[np.float64]
 COLUMNS: Final = (
     "iteration", "epoch", "total_iterations", "loss", "lr", "grad_norm", "tokens", "step_seconds", "data_seconds",
     "memory_bytes", "at",
 )  # fmt: skip
 """Columns of a metrics line; one that a line lacks, or has as null, is NaN."""
-_BLOCK_BYTES: Final = 16 * 2**20
+_BLOCK_BYTES: Final = 2 * 2**20
+"""Small enough that the memory of one block is used again for the next."""
 _FAST_FROM_BYTES: Final = 64 * 2**10
 _XTUNER_NAMES: Final = {"iteration": ("step", "iter"), "step_seconds": ("time",), "data_seconds": ("data_time",)}
 _NOT_NUMBERS: Final = bytes(range(ord("a"), ord("z") + 1)) + b'{}" :_'
@@ -62,69 +62,54 @@ class MetricsReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._offset = self._inode = self._count = 0
-        self._buffer: Column = np.empty((1024, len(COLUMNS)), order="F")
-        self._metrics = merge_resumes(self._buffer[:0])
+        self._offset = self._inode = 0
+        self._rows = GrowingRows(len(COLUMNS))
+        self._metrics = merge_resumes(self._rows.view())
 
     def refresh(self) -> Metrics:
         """All metrics so far. A file that is missing is empty; one that was replaced or cut is read anew."""
         with self._lock:
-            rows, self._offset, self._inode = read_since(self._path, self._offset, self._inode, on_restart=self._forget)
-            if len(rows):
-                self._append(rows)
-                self._metrics = merge_resumes(self._buffer[: self._count])
+            before = len(self._rows)
+            self._offset, self._inode = read_since(self._path, self._offset, self._inode, self._rows)
+            if len(self._rows) != before:
+                self._metrics = merge_resumes(self._rows.view())
             return self._metrics
 
-    def _forget(self) -> None:
-        self._count = 0
-        self._metrics = merge_resumes(self._buffer[:0])
 
-    def _append(self, rows: Column) -> None:
-        needed = self._count + len(rows)
-        if needed > len(self._buffer):
-            grown = np.empty((max(needed, 2 * len(self._buffer)), len(COLUMNS)), order="F")
-            grown[: self._count] = self._buffer[: self._count]
-            self._buffer = grown
-        self._buffer[self._count : needed] = rows
-        self._count = needed
+def read_since(path: Path, offset: int, inode: int, into: GrowingRows) -> tuple[int, int]:
+    """Append the rows of the whole lines after byte `offset` to `into`; new offset and inode.
 
-
-def read_since(
-    path: Path, offset: int, inode: int = 0, *, on_restart: Callable[[], None] | None = None
-) -> tuple[Column, int, int]:
-    """Rows of the whole lines after byte `offset`: array (rows, len(COLUMNS)), new offset, inode.
-
-    A last line without its newline stays for the next call. A file that has shrunk, or has another inode, is read from 0 after
-    a call of `on_restart`.
+    A last line without its newline stays for the next call. A file that has shrunk, or has another inode than `inode` (0: not
+    known), is read from 0 after `into` was emptied.
     """
     try:
         stream = open(path, "rb")  # noqa: SIM115  (closed below; only opening may fail)
     except OSError:
-        return _no_rows(), offset, inode
+        return offset, inode
     with stream:
         status = os.fstat(stream.fileno())
         if status.st_size < offset or inode not in (0, status.st_ino):
             offset = 0
-            if on_restart is not None:
-                on_restart()
+            into.clear()
         stream.seek(offset)
-        parts: list[Column] = []
         while block := stream.read(_BLOCK_BYTES):
             end = block.rfind(b"\n") + 1
             if not end:
                 break
-            parts.append(parse(block[:end]))
+            whole = block if end == len(block) else block[:end]
+            if len(into) == 0 and status.st_size > _BLOCK_BYTES:
+                into.reserve(round(1.02 * status.st_size * whole.count(b"\n") / end))
+            _append(whole, into)
             offset += end
             stream.seek(offset)
-    return (np.concatenate(parts) if parts else _no_rows()), offset, status.st_ino
+    return offset, status.st_ino
 
 
 def parse(block: bytes) -> Column:
     """Rows of whole lines, array (rows, len(COLUMNS)). Lines that are no JSON object with an iteration are passed over."""
-    if len(block) >= _FAST_FROM_BYTES and (fast := _parse_uniform(block)) is not None:
-        return fast
-    rows = [row for line in block.splitlines() if (row := _parse_line(line)) is not None]
-    return np.array(rows, dtype=np.float64).reshape(-1, len(COLUMNS))
+    rows = GrowingRows(len(COLUMNS))
+    _append(block, rows)
+    return rows.view()
 
 
 def merge_resumes(rows: Column) -> Metrics:
@@ -142,12 +127,17 @@ def merge_resumes(rows: Column) -> Metrics:
 
 def read_work_dir(run: RunDirectory) -> Metrics:
     """Metrics of a work dir made by hand: all its `<timestamp>/vis_data/scalars.json`, oldest first."""
-    parts = [read_since(file, 0)[0] for file in sorted(run.path.glob("*/vis_data/scalars.json"))]
-    return merge_resumes(np.concatenate(parts) if parts else _no_rows())
+    rows = GrowingRows(len(COLUMNS))
+    for file in sorted(run.path.glob("*/vis_data/scalars.json")):
+        read_since(file, 0, 0, rows)
+    return merge_resumes(rows.view())
 
 
-def _no_rows() -> Column:
-    return np.empty((0, len(COLUMNS)))
+def _append(block: bytes, into: GrowingRows) -> None:
+    if len(block) >= _FAST_FROM_BYTES and _append_uniform(block, into):
+        return
+    rows = [row for line in block.splitlines() if (row := _parse_line(line)) is not None]
+    into.extend(len(rows))[:] = np.array(rows, dtype=np.float64).reshape(-1, len(COLUMNS))
 
 
 def _parse_line(line: bytes) -> list[float] | None:
@@ -175,10 +165,10 @@ def _number(value: Mapping[str, Any], name: str) -> float:
     return math.nan
 
 
-def _parse_uniform(block: bytes) -> Column | None:
-    """The fast way (5 times `json`, for files of a million lines): lines that all have the same keys in the same order.
+def _append_uniform(block: bytes, into: GrowingRows) -> bool:
+    """The fast way (ten times `json`, for files of a million lines): lines that all have the same keys in the same order.
 
-    Without their names, quotes and braces such lines are CSV. None if the block is not like that.
+    Without their names, quotes and braces such lines are CSV. False, and nothing is appended, if the block is not like that.
     """
     import pyarrow as pa
     from pyarrow import csv
@@ -186,10 +176,9 @@ def _parse_uniform(block: bytes) -> Column | None:
     first = _keys(block[: block.find(b"\n")])
     last = _keys(block[block.rfind(b"\n", 0, -1) + 1 : -1])
     if first is None or first != last or "iteration" not in first or set(first) - set(COLUMNS):
-        return None
-    if b"Infinity" in block or block.count(b'"iteration"') != block.count(b"\n"):
-        return None
-    bare = block.replace(b"e-", b"E-").translate(None, _NOT_NUMBERS)  # NaN → NN, null → nothing, 1e-05 → 1E-05
+        return False
+    # NaN → NN, null → nothing, 1e-05 → 1E-05, Infinity → I, which is no number: such a block goes the careful way.
+    bare = block.replace(b"e-", b"E-").translate(None, _NOT_NUMBERS)
     try:
         table = csv.read_csv(
             pa.BufferReader(bare),
@@ -199,11 +188,13 @@ def _parse_uniform(block: bytes) -> Column | None:
             ),
         )
     except pa.ArrowInvalid:
-        return None
-    rows = np.full((table.num_rows, len(COLUMNS)), np.nan, order="F")  # columns are read, not rows
-    for name in first:
-        rows[:, COLUMNS.index(name)] = table[name].to_numpy()
-    return None if np.isnan(rows[:, 0]).any() else rows
+        return False
+    if table["iteration"].null_count or table.num_rows != block.count(b"\n"):
+        return False  # a line with other keys, or an empty one
+    rows = into.extend(table.num_rows)
+    for number, name in enumerate(COLUMNS):
+        rows[:, number] = table[name].to_numpy() if name in first else np.nan
+    return True
 
 
 def _keys(line: bytes) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -96,15 +96,15 @@ def all_processes() -> Iterator[ProcessStat]:
             yield stat
 
 
-def descendants(ancestor: int) -> list[ProcessStat]:
-    """Living children of `ancestor`, their children, and so on; without `ancestor`."""
+def descendants(ancestor: int, leave_out: Callable[[ProcessStat], bool] = lambda _: False) -> list[ProcessStat]:
+    """Living children of `ancestor`, their children, and so on; without `ancestor`, and without what is below one left out."""
     children: dict[int, list[ProcessStat]] = {}
     for stat in all_processes():
         children.setdefault(stat.parent, []).append(stat)
     found: list[ProcessStat] = []
     waiting = [ancestor]
     while waiting:
-        below = children.get(waiting.pop(), [])
+        below = [stat for stat in children.get(waiting.pop(), []) if not leave_out(stat)]
         found.extend(stat for stat in below if not stat.is_zombie)
         waiting.extend(stat.pid for stat in below)
     return found

@@ -1,8 +1,8 @@
-"""Reads what a run wrote beside its metrics: sample answers and the samples of GPUs and machine. Knows no charts."""
+"""Reads the sample answers and validation losses that a run wrote beside its metrics. Knows no charts."""
 
 import json
+import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,24 +62,14 @@ def read_answers(run: RunDirectory) -> list[SampleAnswer]:
     return sorted(rows.values(), key=lambda answer: answer.iteration)
 
 
-def gpu_series(samples: list[dict[str, Any]], field: str) -> dict[str, list[tuple[float, float]]]:
-    """One GPU sensor over time: name of the GPU → (Unix seconds, value) where the sensor answered."""
-    series: dict[str, list[tuple[float, float]]] = {}
-    for sample in samples:
-        for gpu in sample.get("gpus") or []:
-            value = gpu.get(field)
-            if isinstance(value, int | float):
-                series.setdefault(f"GPU {gpu.get('index')}", []).append((float(sample["at"]), float(value)))
-    return series
-
-
-def machine_series(
-    samples: list[dict[str, Any]], field: str, scale: Callable[[float], float] = float
-) -> list[tuple[float, float]]:
-    """One sensor of the machine over time: (Unix seconds, value) where it answered."""
-    return [
-        (float(sample["at"]), scale(value)) for sample in samples if isinstance(value := sample.get(field), int | float)
-    ]
+def read_validation(run: RunDirectory) -> list[tuple[int, float]]:
+    """(iteration, validation loss), rising; of an iteration that a resume repeated, the newest."""
+    found: dict[int, float] = {}
+    for value in LineReader(run.validation_file).refresh():
+        iteration, loss = value.get("iteration"), value.get("loss")
+        if isinstance(iteration, int) and isinstance(loss, int | float) and math.isfinite(loss):
+            found[iteration] = float(loss)
+    return sorted(found.items())
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

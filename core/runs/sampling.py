@@ -7,11 +7,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from core.runs import processes
+from core.runs.gpu_sensors import GpuSensors
 
 SAMPLE_SECONDS: Final = 2.0
 MAX_FILE_BYTES: Final = 24 * 2**20
@@ -20,51 +22,6 @@ _SECTOR_BYTES: Final = 512
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 _VIRTUAL_DISKS: Final = ("loop", "ram", "zram", "dm-", "md", "sr")
-
-
-class GpuSensors:
-    """NVML, opened once. Without a driver or pynvml there are no GPUs, which is no error."""
-
-    def __init__(self) -> None:
-        self._nvml: Any = None
-        self._handles: list[Any] = []
-        try:
-            import pynvml
-        except ImportError:
-            return
-        try:
-            pynvml.nvmlInit()
-            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(n) for n in range(pynvml.nvmlDeviceGetCount())]
-            self._nvml = pynvml
-        except pynvml.NVMLError:
-            self._handles = []
-
-    def read(self) -> list[dict[str, Any]]:
-        return [self._read(index, handle) for index, handle in enumerate(self._handles)]
-
-    def _read(self, index: int, handle: Any) -> dict[str, Any]:
-        nvml = self._nvml
-        memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-        rates = self._ask(nvml.nvmlDeviceGetUtilizationRates, handle)
-        power = self._ask(nvml.nvmlDeviceGetPowerUsage, handle)
-        uuid = self._ask(nvml.nvmlDeviceGetUUID, handle)
-        return {
-            "index": index,
-            "uuid": uuid.decode() if isinstance(uuid, bytes) else uuid,
-            "utilization_percent": None if rates is None else rates.gpu,
-            "memory_used_bytes": None if memory is None else memory.used,
-            "memory_total_bytes": None if memory is None else memory.total,
-            "power_watts": None if power is None else power / 1000,
-            "temperature_celsius": self._ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
-            "sm_clock_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
-            "throttle_reasons": self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle),
-        }
-
-    def _ask(self, query: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return query(*arguments)
-        except self._nvml.NVMLError:
-            return None
 
 
 class MachineSensors:
@@ -94,6 +51,7 @@ class MachineSensors:
             "disk_write_bytes_per_second": _rate(change.get("disk_write"), seconds),
             "net_receive_bytes_per_second": _rate(change.get("net_receive"), seconds),
             "net_send_bytes_per_second": _rate(change.get("net_send"), seconds),
+            "oom_kills": processes.oom_kills(),
         }
 
     def _count(self) -> None:
@@ -114,10 +72,21 @@ class Sampler:
     """Appends one line every two seconds, from a thread of its own: a driver that hangs holds up nobody."""
 
     def __init__(
-        self, file: Path, folder: Path, max_bytes: int = MAX_FILE_BYTES, every: float = SAMPLE_SECONDS
+        self,
+        file: Path,
+        folder: Path,
+        max_bytes: int = MAX_FILE_BYTES,
+        every: float = SAMPLE_SECONDS,
+        gpus: Sequence[str] = (),
     ) -> None:
-        self._file, self._folder = file, folder
-        self._max_bytes, self._every_seconds = max_bytes, every
+        self._file, self._folder, self._gpus = file, folder, gpus
+        self.energy_joules = 0.0
+        """What the run's own GPUs (UUIDs or indices) have taken since the start."""
+        self.peak_gpu_bytes = 0
+        """Most memory that was in use on one of them."""
+        self._max_bytes, self.every_seconds = max_bytes, every
+        self.latest: deque[dict[str, Any]] = deque(maxlen=64)
+        """Samples that the watch has not seen yet."""
         self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
 
@@ -130,10 +99,23 @@ class Sampler:
 
     def _run(self) -> None:
         gpus, machine = GpuSensors(), MachineSensors(os.getpid(), self._folder)
-        due = time.monotonic() + self._every_seconds
+        gpus.watch_xids()
+        read_at = time.monotonic()
+        due = read_at + self.every_seconds
         while not self._is_stopped.wait(max(due - time.monotonic(), 0)):
-            due = max(due + self._every_seconds, time.monotonic())
-            self.append({"at": round(time.time(), 2), "gpus": gpus.read(), **machine.read()})
+            due = max(due + self.every_seconds, time.monotonic())
+            readings = gpus.read()
+            self._count(readings, time.monotonic() - read_at)
+            read_at = time.monotonic()
+            sample = {"at": round(time.time(), 2), "gpus": readings, **machine.read()}
+            self.latest.append(sample)
+            self.append(sample)
+
+    def _count(self, readings: list[dict[str, Any]], seconds: float) -> None:
+        for gpu in readings:
+            if gpu["uuid"] in self._gpus or str(gpu["index"]) in self._gpus:
+                self.energy_joules += (gpu["power_watts"] or 0.0) * seconds
+                self.peak_gpu_bytes = max(self.peak_gpu_bytes, gpu["memory_used_bytes"] or 0)
 
     def append(self, sample: dict[str, Any]) -> None:
         """Add one line. Without space, or without the folder, the sample is lost and nothing else."""
@@ -152,7 +134,7 @@ class Sampler:
         temporary = self._file.with_name(f".{self._file.name}.new")
         temporary.write_bytes(b"".join(lines[::2]))
         temporary.replace(self._file)
-        self._every_seconds *= 2
+        self.every_seconds *= 2
 
 
 def _percent(part: float | None, whole: float | None) -> float | None:

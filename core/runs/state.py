@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from core.runs import processes
+from core.runs.devices import Holder
 from core.runs.directory import RunDirectory
 from core.runs.processes import ProcessIdentity
 
@@ -59,6 +60,19 @@ class RunStatus:
     oom_kills: int = 0
     """Processes that the kernel's OOM killer ended on this machine while the run lived."""
     supervisor_pid: int | None = None
+    stop_reason: str | None = None
+    """Kind of the alert that stopped it; None: a person did."""
+    queued_at: float | None = None
+    waits_for: tuple[Holder, ...] = ()
+    """While it is queued: the devices it waits for, and the runs that have them or come first."""
+    gpu_bytes_left: int | None = None
+    """GPU memory that was not given back after the end; None: not known."""
+    energy_joules: float | None = None
+    """What its GPUs took, over all attempts; known at the end."""
+    peak_gpu_bytes: int | None = None
+    """Most memory in use on one of its GPUs, as NVML saw it; known at the end."""
+    earlier_seconds: float = 0.0
+    """How long the attempts before this one ran."""
 
     def elapsed_seconds(self, now: float | None = None) -> float | None:
         """From the start to the end, or to now while it lives."""
@@ -79,6 +93,15 @@ def read_status(run: RunDirectory, is_alive: Callable[[ProcessIdentity], bool] =
         return _from_state(state, is_alive)
     except (KeyError, TypeError, ValueError):
         return _without_state(run)
+
+
+def read_attempt(run: RunDirectory) -> dict[str, Any]:
+    """What attempt.json says: the run went on in its own folder. Empty for the first start, or if it cannot be read."""
+    try:
+        value = json.loads(run.attempt_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def process_identity(run: RunDirectory) -> ProcessIdentity | None:
@@ -117,6 +140,7 @@ def _from_state(state: dict[str, Any], is_alive: Callable[[ProcessIdentity], boo
         is_supervised = is_alive(supervisor)
         pid = process.pid if process is not None and is_process_alive else None
         if not is_supervised:
+            # A waiting run whose supervisor is gone (reboot) never started: it is lost too, and can be started again.
             phase = Phase.LOST if not is_process_alive else (Phase.STOPPING if stop else Phase.RUNNING)
     return RunStatus(
         phase=phase,
@@ -130,6 +154,13 @@ def _from_state(state: dict[str, Any], is_alive: Callable[[ProcessIdentity], boo
         stop_requested_at=stop.get("requested_at"),
         oom_kills=int(state.get("oom_kills") or 0),
         supervisor_pid=supervisor.pid if phase.is_active and is_supervised else None,
+        stop_reason=stop.get("reason"),
+        queued_at=state.get("queued_at"),
+        waits_for=tuple(Holder(str(one["device"]), str(one["run"])) for one in state.get("waits_for") or []),
+        gpu_bytes_left=state.get("gpu_bytes_left"),
+        energy_joules=state.get("energy_joules"),
+        peak_gpu_bytes=state.get("peak_gpu_bytes"),
+        earlier_seconds=float(state.get("earlier_seconds") or 0.0),
     )
 
 

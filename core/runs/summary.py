@@ -8,7 +8,9 @@ from typing import Any
 from core.errors import DanluError
 from core.runs.directory import RunDirectory
 from core.runs.metrics import Metrics
+from core.runs.notes import Notes, read_notes
 from core.runs.progress import tokens_per_second
+from core.runs.samples import read_validation
 from core.runs.state import RunStatus, read_status
 
 
@@ -29,6 +31,13 @@ class RunSummary:
     elapsed_seconds: float | None
     tokens_per_second: float | None
     peak_memory_bytes: float | None
+    """As the trainer saw it, on one GPU; else as NVML saw it."""
+    tokens: float | None
+    """Trained on so far."""
+    energy_kwh: float | None
+    validation_loss: float | None
+    """The best one."""
+    notes: Notes
     is_ours: bool
 
 
@@ -47,6 +56,7 @@ def summarize(run: RunDirectory, metrics: Metrics, status: RunStatus | None = No
             details = {}
     losses = metrics["loss"][np.isfinite(metrics["loss"])][-10:]
     memory = metrics["memory_bytes"][np.isfinite(metrics["memory_bytes"])]
+    elapsed = status.elapsed_seconds()
     total = metrics.last("total_iterations")
     return RunSummary(
         run=run,
@@ -58,9 +68,13 @@ def summarize(run: RunDirectory, metrics: Metrics, status: RunStatus | None = No
         iteration=int(metrics["iteration"][-1]) if len(metrics) else 0,
         total_iterations=None if total is None else int(total),
         loss=float(losses.mean()) if len(losses) else None,
-        elapsed_seconds=status.elapsed_seconds(),
+        elapsed_seconds=None if elapsed is None else elapsed + status.earlier_seconds,
         tokens_per_second=tokens_per_second(metrics, recent=None) if len(metrics) else None,
-        peak_memory_bytes=float(memory.max()) if len(memory) else None,
+        peak_memory_bytes=float(memory.max()) if len(memory) else status.peak_gpu_bytes or None,
+        tokens=float(np.nansum(metrics["tokens"])) if metrics.has("tokens") else None,
+        energy_kwh=status.energy_joules / 3.6e6 if status.energy_joules else None,
+        validation_loss=min((loss for _, loss in read_validation(run)), default=None),
+        notes=read_notes(run),
         is_ours=is_ours,
     )
 

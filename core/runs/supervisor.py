@@ -1,56 +1,36 @@
-"""Watches over one run: `python -m core.runs.supervisor RUN_DIR`. Starts its command, keeps state.json, stops it on request.
+"""Watches over one run: `python -m core.runs.supervisor RUN_DIR`. Waits for its GPUs, starts its command, keeps state.json, stops it.
 
 It has its own session and reads and writes only files, so it outlives the server, the terminal and the login. Stdlib only
 (GPU sensors through pynvml, if there is one): nothing that can break with the training stack. With `--adopt` it takes
-over a run whose supervisor was killed.
+over a run whose supervisor was killed. A run has one supervisor: a second one ends at once.
 """
 
-import json
+import fcntl
 import os
-import select
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+import traceback
 from pathlib import Path
 from typing import Any, Final
 
 from core.runs import processes
+from core.runs.devices import Claim, wanted
 from core.runs.directory import SCHEMA_VERSION, RunDirectory, RunSpec
-from core.runs.processes import ProcessIdentity, ProcessStat
+from core.runs.gpu_sensors import bytes_left, gpu_memory_bytes
+from core.runs.members import Members, decode
 from core.runs.sampling import Sampler
 from core.runs.state import process_identity, read_status
 from core.runs.state_writer import StateWriter
+from core.runs.stop import Stop, end_leftovers, final_phase, requested
+from core.runs.watch import Watch
 
-KILL_SECONDS: Final = 15.0
-"""From SIGTERM to SIGKILL."""
-_POLL_SECONDS: Final = 0.25
-_LEFTOVER_SECONDS: Final = 2.0
-"""How long children may outlive the first process before they are told to end."""
 _GONE_SECONDS: Final = 30.0
 """How long the run's directory may be missing before the run is cancelled: nobody could see it or stop it any more."""
-_GIVE_UP_SECONDS: Final = 60.0
-"""After this even SIGKILL has not helped: the process hangs in the kernel, and the run's end is written all the same."""
 _EXIT_NOT_STARTED: Final = 127
-EXIT_EXPLAINED: Final = 3
-"""A job's own exit code for an error it explained (core.runs.job), which is how it answers a stop."""
-
-
-@dataclass
-class _Stop:
-    """A stop that was asked for, and how far it has come."""
-
-    mode: str
-    requested_at: float
-    began: float = field(default_factory=time.monotonic)
-    terminated: float | None = None
-    """Monotonic time of SIGTERM."""
-    is_killed: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        sent = "SIGKILL" if self.is_killed else "SIGTERM" if self.terminated is not None else None
-        return {"mode": self.mode, "requested_at": self.requested_at, "sent": sent}
+EXIT_SUPERVISED: Final = 4
+"""Another supervisor has this run."""
 
 
 class Supervisor:
@@ -60,61 +40,98 @@ class Supervisor:
         self.run, self.spec = run, spec
         self._is_adopting = is_adopting
         self._writer = StateWriter(run.state_file)
-        self._phase = "starting"
-        self._process: ProcessIdentity | None = None
-        self._started_at = time.time()
+        self._claim = Claim(run.path, wanted(spec))
+        self._phase = "queued"
+        self._members = Members(run, is_adopting=is_adopting)
+        self._queued_at = time.time()
+        self._started_at: float | None = None
+        self._gpu_bytes_before: int | None = None
+        self._earlier_joules, self._earlier_seconds = _earlier_attempts(run, is_adopting=is_adopting)
         self._ended: dict[str, Any] = {}
-        self._wait_status: int | None = None
-        self._stop: _Stop | None = None
+        self._stop: Stop | None = None
         self._is_told_to_end = False
         self._missing_since: float | None = None
         self._oom_kills = processes.oom_kills()
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._sampler = Sampler(run.gpu_file, run.path) if spec.kind == "train" else None
+        self._sampler = Sampler(run.gpu_file, run.path, gpus=spec.gpus) if spec.kind == "train" else None
+        self._watch = Watch(run, spec, self._sampler) if spec.kind == "train" else None
 
     def prepare(self) -> None:
         """Take the signals, become the parent of orphans, write the first state.json."""
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._members.prepare()
         signal.signal(signal.SIGHUP, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
-        processes.adopt_orphans()
         if self._is_adopting:
             self._adopt()
+        elif self._has_turn():
+            self._phase = "starting"
         self._write()
 
     def supervise(self) -> int:
         """Run the command to its end. Returns 0: how the run ended is in state.json."""
-        if not self._is_adopting and not self._start():
+        if not self._is_adopting and not (self._wait_for_turn() and self._start()):
+            self._claim.release()
             return 0
         if self._sampler:
             self._sampler.start()
-        while not self._is_over():
-            select.select([self._wake_read], [], [], _POLL_SECONDS)
-            self._drain()
-            self._reap()
+        while not self._members.is_over():
+            self._members.wait()
             self._look_for_stop()
             self._look_for_directory()
-            self._escalate()
-        self._end_leftovers()
+            self._look_at_health()
+            if self._stop and self._stop.escalate(self._members, self.spec.stop_seconds):
+                self._write()
+        end_leftovers(self._members, self._stop)
         if self._sampler:
             self._sampler.stop()
+        if self._watch:
+            self._watch.end()
         self._finish()
+        if self._watch:
+            self._watch.close(self._phase)
+        self._claim.release()
         return 0
 
     def _adopt(self) -> None:
-        self._process, self._phase = process_identity(self.run), "running"
-        self._started_at = read_status(self.run).started_at or self._started_at
-        if self._process is None:
-            members = self._members()
-            self._process = processes.identify(members[0].pid) if members else None
+        self._members.first, self._phase = process_identity(self.run), "running"
+        self._started_at = read_status(self.run).started_at or time.time()
+        if self._members.first is None and (living := self._members.living()):
+            self._members.first = processes.identify(living[0].pid)
+        if self._has_turn():
+            self._claim.record(self._members.first)
+
+    def _has_turn(self) -> bool:
+        """Whether the run's devices are its own now. Where no lock can be kept, nobody waits for one."""
+        try:
+            return self._claim.take()
+        except OSError as error:
+            print(f"no locks for devices: {error}", file=sys.stderr, flush=True)
+            return True
+
+    def _wait_for_turn(self) -> bool:
+        """Until the devices are free; False if the run was cancelled before that."""
+        shown = list(self._claim.waits_for)
+        while self._phase == "queued" and not self._has_turn():
+            if self._claim.waits_for != shown:
+                shown = list(self._claim.waits_for)
+                self._write()
+            self._members.wait()
+            self._look_for_directory()
+            if self._is_told_to_end or requested(self.run.stop_file):
+                self._phase = "cancelled"
+                self._ended = {"ended_at": time.time()}
+                self._write()
+                return False
+        self._phase = "starting"
+        return True
 
     def _start(self) -> bool:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         if self.spec.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.spec.gpus)
         environment |= self.spec.env | {processes.RUN_VARIABLE: str(self.run.path)}
+        self._started_at = time.time()
+        self._gpu_bytes_before = gpu_memory_bytes(self.spec.gpus)
         with open(self.run.log_file, "ab") as log:
             try:
                 process = subprocess.Popen(
@@ -132,57 +149,42 @@ class Supervisor:
                 self._ended = {"ended_at": time.time(), "exit_code": _EXIT_NOT_STARTED, "signal": None}
                 self._write()
                 return False
-        self._process = processes.identify(process.pid)
+        self._members.first = processes.identify(process.pid)
         process.returncode = 0  # It is reaped below with everything else, not by subprocess.
         self._phase = "running"
+        self._claim.record(self._members.first)
         self._write()
         return True
-
-    def _is_over(self) -> bool:
-        if self._is_adopting:
-            return self._process is None or not self._process.is_alive()
-        return self._wait_status is not None
-
-    def _members(self) -> list[ProcessStat]:
-        """All living processes of the run: our descendants and, after an adoption, those that carry its mark."""
-        found = {stat.pid: stat for stat in processes.descendants(os.getpid())}
-        if self._is_adopting:
-            found |= {stat.pid: stat for stat in processes.marked(str(self.run.path))}
-        found.pop(os.getpid(), None)
-        return list(found.values())
-
-    def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            if self._process is not None and pid == self._process.pid:
-                self._wait_status = status
-
-    def _drain(self) -> None:
-        try:
-            while os.read(self._wake_read, 512):
-                pass
-        except BlockingIOError:
-            return
 
     def _end(self, *_: object) -> None:
         self._is_told_to_end = True
 
     def _look_for_stop(self) -> None:
-        mode = "cancel" if self._is_told_to_end else _requested_mode(self.run.stop_file)
-        if mode is None:
+        request: tuple[str, str | None] | None = requested(self.run.stop_file)
+        if self._is_told_to_end:
+            request = ("cancel", None)
+        elif self._watch and self._watch.cancel_reason:
+            request = ("cancel", self._watch.cancel_reason)
+        if request is None:
             return
+        mode, reason = request
         if self._stop is None:
-            self._stop = _Stop(mode, time.time())
+            self._stop = Stop(mode, time.time(), reason)
             self._phase = "stopping"
             self._write()
         elif mode == "cancel" and self._stop.mode == "save":
-            self._stop.mode = mode
+            self._stop.mode, self._stop.reason = mode, reason
             self._write()
+
+    def _look_at_health(self) -> None:
+        """The run matters more than what is thought of it: a watch that stumbles is given up, and says so in our log."""
+        if self._watch is None:
+            return
+        try:
+            self._watch.look()
+        except (ArithmeticError, LookupError, OSError, TypeError, ValueError):
+            traceback.print_exc()
+            self._watch = None
 
     def _look_for_directory(self) -> None:
         if self.run.path.is_dir():
@@ -193,61 +195,20 @@ class Supervisor:
         if now - self._missing_since > _GONE_SECONDS:
             self._is_told_to_end = True
 
-    def _escalate(self) -> None:
-        """Waiting for the save → SIGTERM → SIGKILL."""
-        stop = self._stop
-        if stop is None or stop.is_killed:
-            return
-        now = time.monotonic()
-        if stop.terminated is None:
-            if stop.mode == "cancel" or now - stop.began > self.spec.stop_seconds:
-                stop.terminated = now
-                processes.send([stat.pid for stat in self._members()], signal.SIGTERM)
-                self._write()
-        elif now - stop.terminated > KILL_SECONDS:
-            stop.is_killed = True
-            processes.send([stat.pid for stat in self._members()], signal.SIGKILL)
-            self._write()
-
-    def _end_leftovers(self) -> None:
-        """The first process has ended: whatever it left behind must end too, in its own time, by SIGTERM, by SIGKILL."""
-        began = time.monotonic()
-        has_terminated = has_killed = False
-        while (members := self._members()) and (elapsed := time.monotonic() - began) < _GIVE_UP_SECONDS:
-            pids = [stat.pid for stat in members]
-            if not has_terminated and elapsed > _LEFTOVER_SECONDS:
-                has_terminated = True
-                processes.send(pids, signal.SIGTERM)
-            if self._is_time_to_kill(elapsed):
-                has_killed = True
-                processes.send(pids, signal.SIGKILL)
-            select.select([self._wake_read], [], [], 0.05 if has_killed else _POLL_SECONDS)
-            self._drain()
-            self._reap()
-
-    def _is_time_to_kill(self, leftover_seconds: float) -> bool:
-        if self._stop is not None and self._stop.terminated is not None:
-            return self._stop.is_killed or time.monotonic() - self._stop.terminated > KILL_SECONDS
-        return leftover_seconds > _LEFTOVER_SECONDS + KILL_SECONDS
-
     def _finish(self) -> None:
-        code, number = _decode(self._wait_status)
-        self._phase = self._final_phase(code)
-        self._ended = {"ended_at": time.time(), "exit_code": code, "signal": number}
+        code, number = decode(self._members.wait_status)
+        ended_at = time.time()
+        left_bytes = bytes_left(self.spec.gpus, self._gpu_bytes_before, self._members.wait)
+        self._phase = final_phase(self._stop, code, is_adopting=self._is_adopting)
+        self._ended = {
+            "ended_at": ended_at,
+            "exit_code": code,
+            "signal": number,
+            "gpu_bytes_left": left_bytes,
+            "energy_joules": self._earlier_joules + (self._sampler.energy_joules if self._sampler else 0.0),
+            "peak_gpu_bytes": self._sampler.peak_gpu_bytes if self._sampler else 0,
+        }
         self._write()
-
-    def _final_phase(self, code: int | None) -> str:
-        stop = self._stop
-        if stop is None:
-            if code is None and self._is_adopting:
-                return "lost"  # Only a parent is told how a process ended.
-            return "finished" if code == 0 else "failed"
-        has_signalled = stop.terminated is not None
-        if self._is_adopting:
-            return "cancelled" if has_signalled else "stopped"
-        if code == 0 and not has_signalled:
-            return "stopped" if stop.mode == "save" else "finished"
-        return "cancelled" if has_signalled or code == EXIT_EXPLAINED else "failed"
 
     def _write(self) -> None:
         supervisor = processes.identify(os.getpid())
@@ -256,11 +217,14 @@ class Supervisor:
                 "schema_version": SCHEMA_VERSION,
                 "phase": self._phase,
                 "supervisor": supervisor.to_json() if supervisor else None,
-                "process": self._process.to_json() if self._process else None,
+                "process": self._members.first.to_json() if self._members.first else None,
+                "queued_at": self._queued_at,
+                "waits_for": [holder.to_json() for holder in self._claim.waits_for] if self._phase == "queued" else [],
                 "started_at": self._started_at,
                 "ended_at": None,
                 "exit_code": None,
                 "signal": None,
+                "earlier_seconds": self._earlier_seconds,
                 **self._ended,
                 "stop": self._stop.to_json() if self._stop else None,
                 "oom_kills": processes.oom_kills() - self._oom_kills,
@@ -268,29 +232,30 @@ class Supervisor:
         )
 
 
-def _requested_mode(stop_file: Path) -> str | None:
-    """`save` or `cancel` if a person asked to stop. A request that cannot be read is the gentler one."""
+def _earlier_attempts(run: RunDirectory, *, is_adopting: bool) -> tuple[float, float]:
+    """Joules and seconds of the attempts before this one, in the same folder."""
+    if not run.state_file.exists():
+        return 0.0, 0.0
+    before = read_status(run)
+    seconds = 0.0 if is_adopting else before.elapsed_seconds() or 0.0
+    return before.energy_joules or 0.0, before.earlier_seconds + seconds
+
+
+def _is_alone(run: RunDirectory) -> bool:
+    """Whether this process is the run's only supervisor; it stays that as long as it lives, its child after the fork too."""
+    handle = os.open(run.supervisor_lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        request = json.loads(stop_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        return "save" if stop_file.exists() else None
-    return "cancel" if isinstance(request, dict) and request.get("mode") == "cancel" else "save"
-
-
-def _decode(status: int | None) -> tuple[int | None, int | None]:
-    """Exit code and signal number of a wait status."""
-    if status is None:
-        return None, None
-    if os.WIFSIGNALED(status):
-        return None, os.WTERMSIG(status)
-    return os.WEXITSTATUS(status), None
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True  # the descriptor stays open: the lock lives as long as it does
 
 
 def main(argv: list[str]) -> int:
     """Go to the background and supervise; the caller's process ends as soon as the first state.json is written."""
     run = RunDirectory(Path(argv[-1]).absolute())
+    if not _is_alone(run):
+        return EXIT_SUPERVISED
     supervisor = Supervisor(run, run.spec(), is_adopting="--adopt" in argv)
     ready_read, ready_write = os.pipe()
     if os.fork():

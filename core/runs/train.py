@@ -5,24 +5,32 @@ import importlib.metadata
 import platform
 import re
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
-from core.checkpoints.inspect import CheckpointCard, inspect_checkpoint
+from core.checkpoints.inspect import CheckpointCard, list_checkpoints
 from core.config.checks import Surroundings, gather
 from core.config.edits import data_files, method_of
 from core.config.facts import read_machine
 from core.config.findings import Context, iterations_per_epoch
 from core.config.library import read_config
 from core.config.source import ConfigSource
+from core.environment.interpreters import installed_versions, is_legacy, python_version
 from core.errors import ConflictError, InputError
 from core.files import read_json, require_space, write_text
-from core.launchers import local
+from core.launchers import local, slurm
+from core.launchers.nodes import NodesWish, local_argv, node_env
+from core.launchers.slurm import SlurmWish
 from core.project import Project
 from core.runs.directory import RunDirectory, RunSpec
-from core.runs.launch import launch, new_id, now_utc
+from core.runs.jobs import list_runs
+from core.runs.launch import launch, new_id, now_utc, start_job
+from core.runs.resume import WARM_START, Mode, ResumePlan, edited, plan_resume
+from core.runs.watch import inherit_rules
 from core.xtuner.command import DEEPSPEED_CHOICES
+from core.xtuner.legacy import legacy_argv
 from core.xtuner.templates import prompt_templates, system_templates
 
 _NAME: Final = re.compile(r"[^\W_][\w.-]{0,63}", re.UNICODE)
@@ -40,6 +48,9 @@ _PACKAGES: Final = (
     "deepspeed",
 )
 _STOP_SECONDS: Final = 300.0
+CARRY_OVER: Final = "core.runs.carry_over:carry_over"
+_NO_GPU: Final = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+"""Cutting a checkpoint anew is work for the CPU; the GPUs may belong to another run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,22 +63,62 @@ class TrainRequest:
     """UUIDs or indices, one process each. None: CPU."""
     cpu_processes: int = 1
     """World size on CPU."""
+    slurm: SlurmWish | None = None
+    """Train on a cluster instead of this machine."""
+    nodes: NodesWish | None = None
+    """Train on this and other machines."""
     deepspeed: str | None = None
     """One of XTuner's own (`deepspeed_zero2`, …), or none."""
     resume: Path | None = None
     """A checkpoint to go on from."""
+    resume_mode: Mode = Mode.EXACT
+    extra_epochs: float = 0
+    """Epochs beyond those that the run of the checkpoint was planned for."""
     seed: int | None = 42
     """Of a resumed run the checkpoint's seed holds."""
     name: str = ""
     """Folder name of the run; empty: made from the time."""
-    speed: str | dict[str, Any] = "off"
+    speed: str | dict[str, Any] = "auto"
     """What `core.xtuner.runtime.speed.parts.Wish` reads."""
     python: str = field(default=sys.executable)
     """The interpreter that trains."""
 
     @property
     def world_size(self) -> int:
-        return len(self.gpus) or self.cpu_processes
+        several = self.slurm or self.nodes
+        return several.world_size if several else len(self.gpus) or self.cpu_processes
+
+    @property
+    def gpu_count(self) -> int:
+        """On one machine."""
+        several = self.slurm or self.nodes
+        if several:
+            return several.processes if several.has_gpus else 0
+        return len(self.gpus)
+
+    @property
+    def own_gpus(self) -> list[str]:
+        """Of this machine, which no other run may have meanwhile."""
+        return [str(number) for number in range(self.gpu_count)] if self.nodes else list(self.gpus)
+
+    def to_json(self) -> dict[str, Any]:
+        value = {**asdict(self), "config": str(self.config), "gpus": list(self.gpus)}
+        return {**value, "resume": str(self.resume) if self.resume else None}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        resume = Path(value["resume"]) if value.get("resume") else None
+        mode = Mode(value.get("resume_mode", Mode.EXACT))
+        wish = SlurmWish.from_json(value["slurm"]) if value.get("slurm") else None
+        nodes = NodesWish.from_json(value["nodes"]) if value.get("nodes") else None
+        places = {
+            "config": Path(value["config"]),
+            "resume": resume,
+            "resume_mode": mode,
+            "slurm": wish,
+            "nodes": nodes,
+        }
+        return cls(**{**value, **places, "gpus": tuple(value.get("gpus") or ())})
 
 
 def plan(project: Project, request: TrainRequest) -> RunSpec:
@@ -82,80 +133,126 @@ def plan(project: Project, request: TrainRequest) -> RunSpec:
     model = _base_model(project, source)
     data = _data(project, source)
     run_id = _run_id(project, request.name)
-    resume = _resumable(request) if request.resume else None
-    require_space(project.train, _SPARE_BYTES + 2 * (resume.size_bytes if resume else 0))
+    template = _prompt_template(source)
+    resume = _plan_resume(source, request, {"base_model": model, "data": data, "prompt_template": template})
+    if resume:
+        source = edited(source, resume.edits | _warm_start_edit(project.train / run_id, resume.mode))
+        require_space(project.train, (2 + resume.is_written_anew) * resume.size_bytes + _SPARE_BYTES)
+    require_space(project.train, _SPARE_BYTES)
     context = gather(source, surroundings(project, request))
     is_local = model["is_local"] and all(entry["sha256"] for entry in data)
     folder = project.train / run_id
-    started = local.command(request.python, folder, gpus=request.gpus, world_size=request.world_size, is_local=is_local)
+    started = _command(request, folder, is_local=is_local)
+    is_old = is_legacy(Path(request.python))
     details = {
-        "config": {"name": request.config.stem, "sha256": _sha256(text.encode()), "path": str(request.config)},
+        "config": {"name": request.config.stem, "sha256": _sha256(source.text.encode()), "path": str(request.config)},
         "base_model": model,
         "data": data,
-        "prompt_template": _prompt_template(source),
+        "prompt_template": template,
         "system": _system(source),
         "method": method_of(source),
         "max_length": source.effective("max_length"),
         "batch_size": source.effective("batch_size", 1),
         "accumulative_counts": source.effective("accumulative_counts", 1),
         "world_size": request.world_size,
+        "launcher": "slurm" if request.slurm else "nodes" if request.nodes else "local",
+        "nodes": request.nodes.to_json() if request.nodes else None,
+        "slurm": _batch(project, request, folder, is_local=is_local),
         "deepspeed": request.deepspeed,
-        "resume": str(request.resume.absolute()) if request.resume else None,
+        "resume": _resume_path(folder, resume),
+        "resumed_from": resume.to_json() if resume else None,
         "seed": request.seed,
-        "speed": request.speed,
+        "speed": "off" if is_old else request.speed,
         "total_iterations": _iterations(source, context),
-        "versions": versions(),
+        "versions": versions(request.python),
     }
     return RunSpec(
         id=run_id,
         kind="train",
         title=request.config.stem,
-        argv=started.argv,
+        argv=_legacy_argv(started.argv, request, _resume_path(folder, resume)) if is_old else started.argv,
         cwd=str(project.root),
         env=started.env,
-        gpus=list(request.gpus),
+        gpus=request.own_gpus,
         created_at=now_utc(),
-        stop_seconds=_STOP_SECONDS,
+        stop_seconds=0.0 if is_old else _STOP_SECONDS,
         details=details,
     )
 
 
 def surroundings(project: Project, request: TrainRequest) -> Surroundings:
     """What the config's checks need to know of this start."""
-    machine = replace(read_machine(project), gpu_count=len(request.gpus))
+    machine = replace(read_machine(project), gpu_count=request.gpu_count)
     return Surroundings(machine, request.world_size, request.deepspeed)
 
 
 def start_training(project: Project, request: TrainRequest) -> RunDirectory:
-    """Plan, copy the config into the run's `source/`, and start it detached. Raises what plan raises."""
+    """Plan, copy the config into the run's `source/`, and start it detached. Raises what plan raises.
+
+    If a checkpoint must be written anew first, a job of kind "reshape" does that and starts the run at its end; then the job
+    is returned.
+    """
     spec = plan(project, request)
+    if is_written_anew(spec):
+        named = replace(request, name=spec.id)
+        arguments = {"project": str(project.root), "request": named.to_json()}
+        return start_job(
+            project,
+            CARRY_OVER,
+            kind="reshape",
+            title=spec.id,
+            arguments=arguments,
+            env=_NO_GPU,
+            python=_tool_python(request),
+        )
+    run = make_folder(project, spec)
+    write_source(run, spec, request)
+    inherit_rules(project.private, run)
+    return launch(project.train, spec)
+
+
+def make_folder(project: Project, spec: RunSpec) -> RunDirectory:
+    """The run's new folder. Raises ConflictError if the name was taken meanwhile."""
     run = RunDirectory(project.train / spec.id)
     try:
         run.path.mkdir(parents=True)
     except FileExistsError as error:
         raise ConflictError("train.name_taken", name=spec.id) from error
-    text = read_config(request.config)
-    if _sha256(text.encode()) != spec.details["config"]["sha256"]:
+    return run
+
+
+def write_source(run: RunDirectory, spec: RunSpec, request: TrainRequest) -> None:
+    """The run's own copy of the config, with the changes that going on from a checkpoint needs."""
+    resumed = spec.details["resumed_from"]
+    source = ConfigSource(read_config(request.config))
+    if resumed:
+        source = edited(source, resumed["edits"] | _warm_start_edit(run.path, resumed["mode"]))
+    if _sha256(source.text.encode()) != spec.details["config"]["sha256"]:
         raise ConflictError("train.config_changed", path=str(request.config))
-    write_text(run.source / f"{spec.details['config']['name']}.py", text)
-    return launch(project.train, spec)
+    write_text(run.source / f"{spec.details['config']['name']}.py", source.text)
+    if spec.details["slurm"]:
+        write_text(run.path / slurm.BATCH_FILE, spec.details["slurm"]["text"])
 
 
-def resumable(project: Project) -> list[CheckpointCard]:
-    """Complete checkpoints of this project's runs that training can go on from, newest first."""
-    from core.checkpoints.inspect import list_checkpoints
-
-    folders = [folder for folder in project.train.iterdir() if folder.is_dir()] if project.train.is_dir() else []
-    cards = [card for folder in [*folders, project.train] for card in list_checkpoints(folder)]
-    return sorted(
-        (card for card in cards if card.is_complete and card.has_optimizer),
-        key=lambda card: card.modified_at,
-        reverse=True,
-    )
+def is_written_anew(spec: RunSpec) -> bool:
+    """Whether a checkpoint lies in the run's own folder before it starts."""
+    resumed = spec.details["resumed_from"]
+    return bool(resumed and resumed["is_written_anew"])
 
 
-def versions() -> dict[str, str]:
-    """Python and the packages of the training stack that are installed here."""
+def project_checkpoints(project: Project) -> list[CheckpointCard]:
+    """Checkpoints of all training runs of this project, damaged ones too, newest first. Opens headers only."""
+    folders = {run.path for run in list_runs(project)}
+    cards = [card for folder in folders for card in list_checkpoints(folder)]
+    return sorted(cards, key=lambda card: card.modified_at, reverse=True)
+
+
+def versions(python: str = sys.executable) -> dict[str, str]:
+    """Python and the packages of the training stack that are installed for `python`."""
+    if Path(python) != Path(sys.executable):
+        installed = installed_versions(Path(python))
+        found = {"python": python_version(Path(python)) or "?"}
+        return found | {name: installed[name] for name in _PACKAGES if name in installed}
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -163,6 +260,20 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _legacy_argv(argv: list[str], request: TrainRequest, resume: str | None) -> list[str]:
+    """The command for XTuner 0.1.x, which trains without the app's hooks. Its last argument but the options is the run's folder."""
+    config = Path(argv[-1]) / "source" / f"{request.config.stem}.py"
+    needs_group = request.world_size > 1 or request.deepspeed is not None
+    return legacy_argv(
+        argv, config, deepspeed=request.deepspeed, resume=resume, seed=request.seed, needs_group=needs_group
+    )
+
+
+def _tool_python(request: TrainRequest) -> str:
+    """The Python for the app's own work with torch: the one that trains, unless it is too old for the app's code."""
+    return sys.executable if is_legacy(Path(request.python)) else request.python
 
 
 def _check_engine(source: ConfigSource, request: TrainRequest) -> None:
@@ -189,7 +300,9 @@ def _base_model(project: Project, source: ConfigSource) -> dict[str, Any]:
     if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
         raise InputError("train.model_without_weights", path=str(folder))
     from core.models.inspect import fingerprint
+    from core.models.remote_code import require_allowed
 
+    require_allowed(project, folder)
     kind = str(read_json(folder / "config.json").get("model_type", ""))
     return {"path": str(folder), "fingerprint": fingerprint(folder), "model_type": kind, "is_local": True}
 
@@ -218,27 +331,48 @@ def _absolute(project: Project, name: str) -> Path:
     return path if path.is_absolute() else project.root / path
 
 
-def _resumable(request: TrainRequest) -> CheckpointCard:
-    """The checkpoint to go on from. Raises InputError if it is damaged or does not fit this world size or DeepSpeed choice."""
-    assert request.resume is not None
-    if not request.resume.exists():
-        raise InputError("train.checkpoint_missing", path=str(request.resume))
-    card = inspect_checkpoint(request.resume)
-    if card.problem is not None:
-        raise card.problem
-    if not card.has_optimizer:
-        raise InputError("train.checkpoint_without_optimizer", path=str(card.path))
-    if card.is_folder != bool(request.deepspeed):
-        code = "train.checkpoint_needs_deepspeed" if card.is_folder else "train.checkpoint_without_deepspeed"
-        raise InputError(code, path=str(card.path))
-    if not card.is_folder:
-        return card
-    stage = int(str(request.deepspeed).removeprefix("deepspeed_zero")[0])
-    if (card.stage == 3) != (stage == 3):
-        raise InputError("train.other_stage", path=str(card.path), saved=card.stage, asked=stage)
-    if card.world_size != request.world_size:
-        raise InputError("train.other_world_size", path=str(card.path), saved=card.world_size, asked=request.world_size)
-    return card
+def _plan_resume(source: ConfigSource, request: TrainRequest, details: Mapping[str, Any]) -> ResumePlan | None:
+    if request.resume is None:
+        return None
+    return plan_resume(
+        request.resume.absolute(),
+        source,
+        details,
+        mode=request.resume_mode,
+        world_size=request.world_size,
+        deepspeed=request.deepspeed,
+        extra_epochs=request.extra_epochs,
+    )
+
+
+def _resume_path(folder: Path, resume: ResumePlan | None) -> str | None:
+    """What the trainer resumes from: the checkpoint itself, or what is written from it."""
+    if resume is None or resume.mode is Mode.WEIGHTS:
+        return None
+    return str(folder / resume.written_name if resume.is_written_anew else resume.checkpoint)
+
+
+def _warm_start_edit(folder: Path, mode: str) -> dict[str, Any]:
+    """XTuner loads `peft_model` into the fresh adapter."""
+    return {"model.peft_model": str(folder / WARM_START)} if mode == Mode.WEIGHTS else {}
+
+
+def _command(request: TrainRequest, folder: Path, *, is_local: bool) -> local.Command:
+    if request.slurm:
+        return slurm.command(sys.executable, folder)
+    if request.nodes:
+        argv = local_argv(request.python, folder)
+        return local.Command(argv, node_env(request.nodes, is_local=is_local))
+    return local.command(request.python, folder, gpus=request.gpus, world_size=request.world_size, is_local=is_local)
+
+
+def _batch(project: Project, request: TrainRequest, folder: Path, *, is_local: bool) -> dict[str, Any] | None:
+    """What was asked of Slurm, with the batch file as it will be submitted."""
+    wish = request.slurm
+    if wish is None:
+        return None
+    made = slurm.batch_text(wish, request.python, folder, project.root, name=folder.name, is_local=is_local)
+    return replace(wish, text=wish.text or made).to_json()
 
 
 def _run_id(project: Project, name: str) -> str:

@@ -1,31 +1,42 @@
-"""Runs: every training run of the project, compared, opened, deleted."""
+"""Runs: every training run of the project, searched, compared, noted, opened, exported, deleted."""
 
 import streamlit as st
 
 from core.runs.jobs import list_runs
-from core.runs.summary import summarize
+from core.runs.summary import RunSummary
 from pages.ui import shell
-from pages.ui.run_data import metrics_of
-from pages.ui.run_table import compare_losses, confirm_delete, run_table, trash
+from pages.ui.run_compare import compare_losses, compare_settings, downloads
+from pages.ui.run_data import summary_of
+from pages.ui.run_table import confirm_delete, edit_notes, filter_rows, run_table, trash
 from pages.ui.text import t
+
+
+def act_on(selected: list[RunSummary], rows: list[RunSummary]) -> None:
+    """Buttons for what is selected; those for one run only where one is."""
+    with st.container(horizontal=True):
+        if len(selected) == 1:
+            if st.button(t("runs.open"), key="runs_open", icon=":material/monitoring:", type="primary"):
+                st.switch_page(shell.PAGES["monitor"], query_params={"run": selected[0].run.id})
+            edit_notes(selected[0], rows)
+            downloads(project, selected[0].run)
+        is_removable = all(row.is_ours and not row.status.phase.is_active for row in selected)
+        if st.button(t("runs.delete"), key="runs_delete", icon=":material/delete:", disabled=not is_removable):
+            confirm_delete(project, [row.run for row in selected])
+
 
 project = shell.require_project()
 shell.page_header("runs")
-rows = [summarize(run, metrics_of(run)) for run in list_runs(project)]
-if rows:
-    selected = run_table(rows)
-    if selected:
-        open_one, remove, _ = st.columns([1.4, 1, 4])
-        if open_one.button(
-            t("runs.open"), key="runs_open", icon=":material/monitoring:", disabled=len(selected) != 1, width="stretch"
-        ):
-            st.switch_page(shell.PAGES["monitor"], query_params={"run": selected[0].run.id})
-        is_removable = all(row.is_ours and not row.status.phase.is_active for row in selected)
-        if remove.button(
-            t("runs.delete"), key="runs_delete", icon=":material/delete:", disabled=not is_removable, width="stretch"
-        ):
-            confirm_delete(project, [row.run for row in selected])
-        compare_losses(selected)
+every = [summary_of(run) for run in list_runs(project)]
+if every:
+    shown = filter_rows(every)
+    chosen = run_table(shown) if shown else []
+    if not shown:
+        st.caption(t("runs.nothing_found"))
+    elif chosen:
+        act_on(chosen, every)
+        compare_losses(chosen)
+        if len(chosen) > 1:
+            compare_settings(chosen)
     else:
         st.caption(t("runs.select_hint"))
 else:

@@ -1,19 +1,22 @@
-"""Line charts in one style. Knows points and words, not what they measure."""
+"""Line charts in one style, with zoom, crosshair and labelled marks. Knows points and words, not what they measure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import altair as alt
 import numpy as np
-import pandas as pd
 import streamlit as st
 from numpy.typing import NDArray
 
 from core.runs.curves import downsample
 
 HEIGHT_PIXELS = 220
-MAX_POINTS = 1000
-_COLOURS = ("#C2410C", "#0F766E", "#6D28D9", "#B45309", "#0369A1", "#BE123C", "#4D7C0F", "#475569")
+MAX_POINTS = 1600
+SMALL_POINTS = 400
+"""For charts that share a row: they have no pixels for more, and every refresh sends them all."""
+COLOURS = ("#C2410C", "#0F766E", "#6D28D9", "#B45309", "#0369A1", "#BE123C", "#4D7C0F", "#475569")
+_GREY = "#A8A29E"
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,16 @@ class Line:
     x: NDArray[np.float64]
     y: NDArray[np.float64]
     is_faint: bool = False
+    is_dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An upright line at x with a word to it."""
+
+    x: float
+    label: str
+    colour: str = _GREY
 
 
 def line_chart(
@@ -31,43 +44,102 @@ def line_chart(
     *,
     x_title: str,
     is_log: bool = False,
-    marks: Sequence[float] = (),
+    marks: Sequence[Mark] = (),
     height: int = HEIGHT_PIXELS,
+    max_points: int = MAX_POINTS,
+    from_zero: bool = False,
+    key: str | None = None,
 ) -> None:
-    """Draw `lines` by name, at most 1000 points each with every extreme kept; `marks` are upright lines at x."""
-    frame = pd.concat([_frame(name, line, is_log) for name, line in lines.items()], ignore_index=True)
-    names = list(lines)
-    x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, nice=False), axis=alt.Axis(grid=False, tickMinStep=1))
-    kind = "log" if is_log else "linear"
-    y = alt.Y("y:Q", title=None, scale=alt.Scale(type=kind, zero=False), axis=alt.Axis(tickCount=5))
-    colours = alt.Scale(domain=names, range=[_COLOURS[n % len(_COLOURS)] for n in range(len(names))])
-    legend = alt.Legend(title=None, orient="top", direction="horizontal", labelLimit=300) if len(names) > 1 else None
-    faint = alt.condition("datum.is_faint", alt.value(0.3), alt.value(1.0))
-    chart = (
-        alt.Chart(frame)
-        .mark_line(strokeWidth=1.6, clip=True, point={"size": 18, "filled": True} if len(frame) < 40 else False)
-        .encode(
-            x=x,
-            y=y,
-            color=alt.Color("name:N", scale=colours, legend=legend),
-            opacity=faint,
-            tooltip=[
-                alt.Tooltip("name:N", title=title),
-                alt.Tooltip("x:Q", title=x_title, format=",.6~g"),
-                alt.Tooltip("y:Q", title=title, format=".5~g"),
-            ],
-        )
-        .interactive(bind_y=False)
-    )
-    layers = [chart]
-    if marks:
-        rules = alt.Chart(pd.DataFrame({"x": list(marks)})).mark_rule(strokeDash=[4, 4], color="#78716C")
-        layers.append(rules.encode(x="x:Q"))
+    """Draw `lines` by name, at most `max_points` in all with every extreme kept. The wheel zooms, dragging moves."""
     st.markdown(f"**{title}**")
-    st.altair_chart(alt.layer(*layers).properties(height=height), width="stretch")
+    has_legend = len(lines) > 1
+    share = max_points // max(1, len(lines))
+    series = [_series(name, line, is_log, share, number) for number, (name, line) in enumerate(lines.items())]
+    if series and marks:
+        series[0]["markLine"] = _mark_line(marks)
+    st.echarts_chart(
+        {
+            "animation": False,
+            "grid": {
+                "left": 8,
+                "right": 20,
+                "top": 30 if has_legend or marks else 12,
+                "bottom": 26,
+                "containLabel": True,
+            },
+            "legend": {"show": has_legend, "top": 0, "left": 0, "itemWidth": 14, "itemHeight": 8},
+            "tooltip": {
+                "trigger": "axis",
+                "confine": True,
+                "axisPointer": {"type": "cross", "label": {"precision": 4}},
+                "valueFormatter": "%.5g",
+            },
+            "xAxis": {
+                "type": "value",
+                "name": x_title,
+                "nameLocation": "middle",
+                "nameGap": 24,
+                "min": _first_x(lines),
+                "max": "dataMax",
+                "splitLine": {"show": False},
+                "axisLabel": {"hideOverlap": True, "showMaxLabel": False},
+            },
+            "yAxis": {
+                "type": "log" if is_log else "value",
+                "scale": not from_zero,
+                "splitNumber": 4,
+                "axisLabel": {"hideOverlap": True},
+            },
+            "dataZoom": [{"type": "inside", "filterMode": "filter", "moveOnMouseMove": True}],
+            "series": series,
+        },
+        height=height,
+        key=key,
+        alt=title,
+    )
 
 
-def _frame(name: str, line: Line, is_log: bool) -> pd.DataFrame:
+def _first_x(lines: Mapping[str, Line]) -> float | str:
+    """A whole number at or below the first value: a label such as 4.000838 helps nobody."""
+    firsts = [float(np.nanmin(line.x)) for line in lines.values() if np.isfinite(line.x).any()]
+    return math.floor(min(firsts)) if firsts else "dataMin"
+
+
+def _series(name: str, line: Line, is_log: bool, max_points: int, number: int) -> dict[str, Any]:
     y = np.where(line.y > 0, line.y, np.nan) if is_log else line.y
-    chosen = downsample(np.where(np.isfinite(line.x), y, np.nan), MAX_POINTS)
-    return pd.DataFrame({"x": line.x[chosen], "y": y[chosen], "name": name, "is_faint": line.is_faint})
+    is_placed = np.isfinite(line.x)
+    chosen = downsample(y if is_placed.all() else np.where(is_placed, y, np.nan), max_points)
+    points = np.column_stack([line.x[chosen], y[chosen]])
+    return {
+        "name": name,
+        "type": "line",
+        "showSymbol": len(chosen) < 25,
+        "symbolSize": 5,
+        "color": COLOURS[number % len(COLOURS)],
+        "z": 2 if line.is_faint else 3,
+        "lineStyle": {
+            "width": 1 if line.is_faint else 1.8,
+            "opacity": 0.35 if line.is_faint else 1,
+            "type": "dashed" if line.is_dashed else "solid",
+        },
+        # Six digits are more than a screen shows, and half of what a float prints.
+        "data": [[float(f"{x:.7g}"), float(f"{value:.6g}")] for x, value in points.tolist()],
+    }
+
+
+def _mark_line(marks: Sequence[Mark]) -> dict[str, Any]:
+    return {
+        "symbol": "none",
+        "silent": False,
+        "animation": False,
+        "label": {"show": True, "formatter": "{b}", "position": "end", "fontSize": 10, "color": "inherit"},
+        "data": [
+            {
+                "xAxis": mark.x,
+                "name": mark.label,
+                "lineStyle": {"color": mark.colour, "type": "dashed", "width": 1},
+                "label": {"color": mark.colour},
+            }
+            for mark in marks
+        ],
+    }

@@ -1,25 +1,77 @@
 """Readers of run files that outlive a rerun: each rerun, and each browser tab, reads only what is new."""
 
 from pathlib import Path
-from typing import Any
 
 import streamlit as st
 
-from core.runs.directory import RunDirectory
+from core.errors import DanluError
+from core.files import read_json
+from core.gpu import devices
+from core.models.inspect import inspect_model
+from core.runs.directory import RunDirectory, RunSpec
+from core.runs.machine import MachineReader, MachineSeries
 from core.runs.metrics import Metrics, MetricsReader, read_work_dir
-from core.runs.samples import LineReader
+from core.runs.state import read_status
+from core.runs.summary import RunSummary, summarize
+from core.runs.utilisation import Shape, shape_of
 
 
 def metrics_of(run: RunDirectory) -> Metrics:
-    """All metrics of `run` so far, XTuner's own for a work dir made by hand."""
-    if run.metrics_file.exists() or run.spec_file.exists():
+    """All metrics of `run` so far; XTuner's own for a work dir made by hand, and for XTuner 0.1.x, which has no live hooks."""
+    if run.metrics_file.exists():
         return _metrics_reader(str(run.metrics_file)).refresh()
     return read_work_dir(run)
 
 
-def machine_samples_of(run: RunDirectory) -> list[dict[str, Any]]:
+def machine_series_of(run: RunDirectory) -> MachineSeries:
     """All samples of GPUs and machine so far."""
-    return _sample_reader(str(run.gpu_file)).refresh()
+    return _machine_reader(str(run.gpu_file)).refresh()
+
+
+def spec_of(run: RunDirectory) -> RunSpec | None:
+    """What run.json says; None for a work dir made by hand, or where it cannot be read."""
+    try:
+        return run.spec() if run.spec_file.exists() else None
+    except DanluError:
+        return None
+
+
+def summary_of(run: RunDirectory) -> RunSummary:
+    """The row of `run`; one that has ended is not read again until its files change."""
+    status = read_status(run)
+    if status.phase.is_active:
+        return summarize(run, metrics_of(run), status)
+    stamps = tuple(_changed_at(file) for file in (run.state_file, run.metrics_file, run.notes_file, run.spec_file))
+    return _summary(str(run.path), stamps)
+
+
+def _changed_at(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+@st.cache_data(max_entries=2000, show_spinner=False)
+def _summary(path: str, stamps: tuple[float, ...]) -> RunSummary:
+    del stamps  # only tell whether it is still true
+    run = RunDirectory(Path(path))
+    return summarize(run, metrics_of(run))
+
+
+@st.cache_data(ttl=3600, max_entries=16, show_spinner=False)
+def model_shape(folder: str) -> Shape | None:
+    """Size of the base model in `folder`; None if it is not there any more."""
+    try:
+        return shape_of(read_json(Path(folder) / "config.json"), inspect_model(Path(folder)).parameters)
+    except (DanluError, OSError):
+        return None
+
+
+@st.cache_data(ttl=3600, max_entries=1, show_spinner=False)
+def gpu_names() -> dict[str, str]:
+    """UUID or index → name of the GPUs of this machine."""
+    return {key: gpu.name or "" for gpu in devices() for key in (str(gpu.uuid), str(gpu.index))}
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
@@ -28,5 +80,5 @@ def _metrics_reader(path: str) -> MetricsReader:
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
-def _sample_reader(path: str) -> LineReader:
-    return LineReader(Path(path))
+def _machine_reader(path: str) -> MachineReader:
+    return MachineReader(Path(path))

@@ -1,19 +1,20 @@
-"""The head of the monitor: where a run stands, how far it is, and the buttons that stop it."""
+"""The head of the monitor: where a run stands, how far it is, and why it failed."""
 
 import time
 
 import streamlit as st
-from streamlit.delta_generator import DeltaGenerator
 
-from core.errors import DanluError
-from core.runs.control import is_stoppable, request_stop
 from core.runs.directory import RunDirectory
-from core.runs.failure import explain_failure
+from core.runs.failure import Failure, explain_failure
 from core.runs.metrics import Metrics
 from core.runs.progress import TrainProgress, measure
 from core.runs.state import Phase, RunStatus
 from pages.ui import shell
-from pages.ui.text import duration, say, show_error, t
+from pages.ui.run_actions import run_buttons
+from pages.ui.run_cluster import cluster_note
+from pages.ui.run_data import spec_of
+from pages.ui.run_waiting import waiting_note
+from pages.ui.text import duration, gib, say, t
 
 _COLOURS = {
     Phase.QUEUED: "gray",
@@ -26,32 +27,35 @@ _COLOURS = {
     Phase.FAILED: "red",
     Phase.LOST: "red",
 }
-_UNKNOWN = "–"
+_OUT_OF_MEMORY = ("cuda_oom", "train.errors.out_of_memory.what")
 
 
 def run_header(run: RunDirectory, status: RunStatus, metrics: Metrics) -> None:
-    """Badge, buttons, progress and the figures of now."""
+    """Badge, progress, buttons and the figures of now."""
     progress = measure(metrics, status.started_at)
-    left, save, cancel = st.columns([4, 1.3, 1], vertical_alignment="center")
-    with left:
+    badge, bar, buttons = st.columns([1.1, 4, 3.2], vertical_alignment="center")
+    with badge:
         st.badge(t(f"runs.phases.{status.phase}"), color=_COLOURS[status.phase])
-    if is_stoppable(run, status.phase):
-        _stop_buttons(run, status, save, cancel)
-    _notes(run, status, metrics)
-    _progress_bar(status, progress)
+    with bar:
+        _progress_bar(status, progress)
+    with buttons:
+        run_buttons(run, status)
     if len(metrics):
         _figures(status, progress)
+    cluster_note(run, status)
+    _notes(run, status, metrics)
 
 
 def failure_card(run: RunDirectory, status: RunStatus) -> None:
-    """In plain words why it failed, with the decisive lines; nothing if it did not."""
+    """In plain words why it failed, with the decisive lines and the way to mend it; nothing if it did not."""
     failure = explain_failure(run, status)
     if failure is None:
         return
     st.error(f"**{say(failure.what)}**\n\n{say(failure.next)}", icon=":material/error:")
+    if failure.cause in _OUT_OF_MEMORY or failure.what.key in _OUT_OF_MEMORY:
+        _mend_memory(run)
     if failure.evidence:
-        st.caption(t("monitor.failure_lines"))
-        st.code("\n".join(failure.evidence), language=None, wrap_lines=True)
+        _evidence(failure)
 
 
 def next_steps(status: RunStatus) -> None:
@@ -64,38 +68,21 @@ def next_steps(status: RunStatus) -> None:
         column.page_link(shell.PAGES[page], label=t(f"shell.pages.{page}"), icon=shell.ICONS[page])
 
 
-def _stop_buttons(run: RunDirectory, status: RunStatus, save: DeltaGenerator, cancel: DeltaGenerator) -> None:
-    if save.button(
-        t("monitor.stop_save"),
-        key="monitor_stop_save",
-        icon=":material/save:",
-        disabled=status.phase is Phase.STOPPING or status.stop_mode is not None,
-        width="stretch",
-    ):
-        _ask(run, "save")
-    if cancel.button(t("monitor.cancel"), key="monitor_cancel", disabled=status.stop_mode == "cancel", width="stretch"):
-        _confirm_cancel(run)
+def _mend_memory(run: RunDirectory) -> None:
+    """The launch page knows what would fit, changes the config at a click, and starts or resumes from there."""
+    spec = spec_of(run)
+    text, fit = st.columns([3, 1.3], vertical_alignment="center")
+    text.markdown(t("monitor.mend_memory"))
+    if fit.button(t("monitor.make_it_fit"), key="monitor_fit", icon=":material/fit_screen:", width="stretch"):
+        name = spec.details.get("config", {}).get("name") if spec else None
+        if name and (shell.require_project().config / f"{name}.py").exists():
+            st.session_state["launch_config"] = name
+        st.switch_page(shell.PAGES["launch"])
 
 
-def _confirm_cancel(run: RunDirectory) -> None:
-    @st.dialog(t("monitor.cancel_title"))
-    def confirm() -> None:
-        st.markdown(t("monitor.cancel_body", run=run.id))
-        no, yes = st.columns(2)
-        if no.button(t("monitor.cancel_no"), key="monitor_cancel_no", width="stretch"):
-            st.rerun()
-        if yes.button(t("monitor.cancel_yes"), key="monitor_cancel_yes", type="primary", width="stretch"):
-            _ask(run, "cancel")
-            st.rerun()
-
-    confirm()
-
-
-def _ask(run: RunDirectory, mode: str) -> None:
-    try:
-        request_stop(run, "cancel" if mode == "cancel" else "save")
-    except DanluError as error:
-        show_error(error)
+def _evidence(failure: Failure) -> None:
+    st.caption(t("monitor.failure_lines"))
+    st.code("\n".join(failure.evidence), language=None, wrap_lines=True)
 
 
 def _notes(run: RunDirectory, status: RunStatus, metrics: Metrics) -> None:
@@ -103,7 +90,13 @@ def _notes(run: RunDirectory, status: RunStatus, metrics: Metrics) -> None:
         st.info(t("monitor.read_only"), icon=":material/visibility:")
     elif status.phase.is_active and not status.is_supervised:
         st.warning(t("monitor.unsupervised"), icon=":material/warning:")
-    if status.phase is Phase.STOPPING or (status.phase.is_active and run.stop_file.exists()):
+    if status.stop_reason is not None:
+        st.warning(t("health.stopped_by", what=t(f"health.kinds.{status.stop_reason}")), icon=":material/front_hand:")
+    if status.gpu_bytes_left:
+        st.warning(t("monitor.memory_left", size=gib(status.gpu_bytes_left)), icon=":material/memory:")
+    if status.phase is Phase.QUEUED:
+        waiting_note(status)
+    elif status.phase is Phase.STOPPING or (status.phase.is_active and run.stop_file.exists()):
         st.info(t("monitor.stop_sent"), icon=":material/save:")
     elif status.phase.is_active and not len(metrics):
         st.info(t("monitor.starting"), icon=":material/hourglass_top:")
@@ -123,13 +116,11 @@ def _progress_bar(status: RunStatus, progress: TrainProgress) -> None:
 def _figures(status: RunStatus, progress: TrainProgress) -> None:
     total = progress.total_iterations
     elapsed = status.elapsed_seconds(time.time())
-    iteration = f"{progress.iteration:,} / {total:,}" if total else f"{progress.iteration:,}"
-    figures = (
-        (t("monitor.iteration"), iteration),
-        (t("monitor.loss"), _UNKNOWN if progress.loss is None else f"{progress.loss:.4f}"),
-        (t("monitor.speed"), _UNKNOWN if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f}"),
-        (t("monitor.elapsed"), _UNKNOWN if elapsed is None else duration(elapsed)),
-    )
-    for column, (label, value) in zip(st.columns(len(figures)), figures, strict=True):
-        column.caption(label)
-        column.markdown(f"#### {value}")
+    figures = {
+        "iteration": f"{progress.iteration:,} / {total:,}" if total else f"{progress.iteration:,}",
+        "loss": None if progress.loss is None else f"{progress.loss:.4f}",
+        "speed": None if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f}",
+        "elapsed": None if elapsed is None else duration(elapsed),
+    }
+    shown = [f"{t(f'monitor.{name}')} &nbsp;**{value}**" for name, value in figures.items() if value is not None]
+    st.markdown(" &emsp;&emsp; ".join(shown))

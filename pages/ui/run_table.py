@@ -1,4 +1,4 @@
-"""The table of runs, their loss curves over each other, and the trash."""
+"""The table of runs with its search, what a person notes about one, and the trash."""
 
 from datetime import datetime
 
@@ -8,50 +8,77 @@ import streamlit as st
 from core.errors import DanluError
 from core.project import Project
 from core.runs.control import TrashEntry, delete, list_trash, restore
-from core.runs.curves import smooth
 from core.runs.directory import RunDirectory
+from core.runs.notes import Notes, write_notes
 from core.runs.summary import RunSummary
-from pages.ui.charts import Line, line_chart
-from pages.ui.run_data import metrics_of
 from pages.ui.text import duration, show_error, t
 
-_SMOOTHING = 0.9
+_COLUMNS = (
+    "run", "status", "steps", "loss", "validation", "duration", "tokens", "speed", "memory", "energy", "config", "model",
+    "data", "tags", "note", "created",
+)  # fmt: skip
+
+
+def filter_rows(rows: list[RunSummary]) -> list[RunSummary]:
+    """The rows that hold every word of the search, somewhere in names, tags or note, and have one of the chosen tags."""
+    tags = sorted({tag for row in rows for tag in row.notes.tags})
+    search, chosen = st.columns([3, 2], vertical_alignment="bottom")
+    words = search.text_input(
+        t("runs.search"), key="runs_search", placeholder=t("runs.search"), label_visibility="collapsed"
+    )
+    wanted = (
+        chosen.multiselect(
+            t("runs.tags"), tags, key="runs_tags", placeholder=t("runs.tags"), label_visibility="collapsed"
+        )
+        if tags
+        else []
+    )
+    needles = words.casefold().split()
+    return [row for row in rows if set(wanted) <= set(row.notes.tags) and all(word in _text(row) for word in needles)]
 
 
 def run_table(rows: list[RunSummary]) -> list[RunSummary]:
-    """Show the rows; those that are selected."""
-    names = ("run", "status", "steps", "loss", "duration", "speed", "memory", "config", "model", "data", "created")
-    table = pd.DataFrame([_cells(row) for row in rows], columns=list(names))
+    """Show the rows; those that are selected. Columns that no run fills are left out."""
+    table = pd.DataFrame([_cells(row) for row in rows], columns=list(_COLUMNS))
+    names = [name for name in _COLUMNS if name in ("run", "status") or _is_filled(table[name])]
     number = st.column_config.NumberColumn
     event = st.dataframe(
-        table,
+        table[names],
         key="runs_table",
         hide_index=True,
         width="stretch",
         on_select="rerun",
         selection_mode="multi-row",
-        column_config={name: t(f"runs.columns.{name}") for name in names}
+        column_config={name: t(f"runs.columns.{name}") for name in _COLUMNS}
         | {
             "loss": number(t("runs.columns.loss"), format="%.4f"),
+            "validation": number(t("runs.columns.validation"), format="%.4f"),
+            "tokens": number(t("runs.columns.tokens"), format="compact"),
             "speed": number(t("runs.columns.speed"), format="%.0f"),
             "memory": number(t("runs.columns.memory"), format="%.2f"),
+            "energy": number(t("runs.columns.energy"), format="%.3f"),
+            "tags": st.column_config.ListColumn(t("runs.columns.tags")),
             "created": st.column_config.DatetimeColumn(t("runs.columns.created"), format="YYYY-MM-DD HH:mm"),
         },
     )
     return [rows[number] for number in event.selection.rows if number < len(rows)]
 
 
-def compare_losses(rows: list[RunSummary]) -> None:
-    """Smoothed loss of each run over iterations, in one chart."""
-    lines = {}
-    for row in rows:
-        metrics = metrics_of(row.run)
-        if metrics.has("loss"):
-            lines[row.run.id] = Line(metrics["iteration"], smooth(metrics["loss"], _SMOOTHING))
-    if lines:
-        line_chart(t("runs.compare"), lines, x_title=t("monitor.step_axis"), height=320)
-    else:
-        st.caption(t("runs.compare_empty"))
+def edit_notes(row: RunSummary, rows: list[RunSummary]) -> None:
+    """Tags and note of one run."""
+    known = sorted({tag for each in rows for tag in each.notes.tags})
+    with st.popover(t("runs.notes"), icon=":material/edit_note:", key="runs_notes"):
+        tags = st.multiselect(
+            t("runs.tags"), known, default=row.notes.tags, accept_new_options=True, key=f"runs_tags_{row.run.id}"
+        )
+        text = st.text_area(t("runs.note"), row.notes.text, key=f"runs_note_{row.run.id}")
+        if st.button(t("runs.save_notes"), key="runs_save_notes", type="primary"):
+            try:
+                write_notes(row.run, Notes(tuple(tags), text))
+            except DanluError as error:
+                show_error(error)
+                return
+            st.rerun()
 
 
 def confirm_delete(project: Project, runs: list[RunDirectory]) -> None:
@@ -106,6 +133,19 @@ def _restore(entries: list[TrashEntry]) -> None:
     st.rerun()
 
 
+def _text(row: RunSummary) -> str:
+    parts = (row.run.id, row.title, row.config, row.base_model, row.data, row.notes.text, *row.notes.tags)
+    return " ".join([*filter(None, parts), t(f"runs.phases.{row.status.phase}")]).casefold()
+
+
+def _is_filled(column: "pd.Series[object]") -> bool:
+    return bool(
+        column.map(
+            lambda value: value not in ("", "–") and (isinstance(value, list) or pd.notna(value)) and value != []
+        ).any()
+    )
+
+
 def _cells(row: RunSummary) -> tuple[object, ...]:
     total = row.total_iterations
     peak = row.peak_memory_bytes
@@ -115,11 +155,16 @@ def _cells(row: RunSummary) -> tuple[object, ...]:
         t(f"runs.phases.{row.status.phase}"),
         f"{row.iteration} / {total}" if total else str(row.iteration or "–"),
         row.loss,
+        row.validation_loss,
         "–" if row.elapsed_seconds is None else duration(row.elapsed_seconds),
+        row.tokens,
         row.tokens_per_second,
         None if peak is None else peak / 2**30,
+        row.energy_kwh,
         row.config or "",
         row.base_model or "",
         row.data or "",
+        list(row.notes.tags),
+        row.notes.text,
         None if started is None else datetime.fromtimestamp(started),
     )

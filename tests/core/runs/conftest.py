@@ -30,7 +30,13 @@ def start(project: Project) -> Iterator[Start]:
     """Launch the echo trainer with these arguments; whatever is left of it dies with the test."""
     runs: list[RunDirectory] = []
 
-    def begin(*arguments: str, stop_seconds: float = 5.0, argv: list[str] | None = None) -> RunDirectory:
+    def begin(
+        *arguments: str,
+        stop_seconds: float = 5.0,
+        argv: list[str] | None = None,
+        gpus: tuple[str, ...] = (),
+        kind: str = "train",
+    ) -> RunDirectory:
         run = RunDirectory(project.train / new_id("train", project.train))
         runs.append(run)
         run.path.mkdir()
@@ -38,7 +44,8 @@ def start(project: Project) -> Iterator[Start]:
             project.train,
             RunSpec(
                 id=run.id,
-                kind="train",
+                kind=kind,
+                gpus=list(gpus),
                 title="echo",
                 argv=argv or [sys.executable, str(TRAINER), str(run.path), *arguments],
                 cwd=str(project.root),

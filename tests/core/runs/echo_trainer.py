@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,8 @@ def main() -> int:
     parser.add_argument("--ignore-term", action="store_true")
     parser.add_argument("--ignore-stop", action="store_true")
     parser.add_argument("--orphan", action="store_true", help="leave a child in its own session behind")
+    parser.add_argument("--nan-from", type=int, default=0, help="the loss is NaN from this step on")
+    parser.add_argument("--kill-rank", action="store_true", help="start a second rank, and let it die alone")
     parser.add_argument("--kill-self", action="store_true", help="end by SIGKILL, as the OOM killer would do it")
     options = parser.parse_args()
     if options.ignore_term:
@@ -27,8 +30,16 @@ def main() -> int:
     if options.orphan:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
         (options.folder / "orphan.pid").write_text(str(child.pid), encoding="ascii")
-    for iteration in range(1, options.steps + 1):
-        step(options.folder, iteration, options.steps)
+    if options.kill_rank:
+        rank = subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+        code = rank.wait()
+        print(f"rank 1 died: exitcode: {code} (signal SIGKILL)", flush=True)
+        return 1
+    attempt = options.folder / "attempt.json"
+    first = json.loads(attempt.read_text(encoding="utf-8"))["iteration"] + 1 if attempt.exists() else 1
+    for iteration in range(first, options.steps + 1):
+        is_nan = 0 < options.nan_from <= iteration
+        step(options.folder, iteration, options.steps, math.nan if is_nan else 3.0 / iteration)
         time.sleep(options.step_seconds)
         if not options.ignore_stop and (options.folder / "stop.request").exists():
             (options.folder / f"iter_{iteration}.pth").write_bytes(b"saved")
@@ -40,12 +51,12 @@ def main() -> int:
     return options.exit_code
 
 
-def step(folder: Path, iteration: int, total: int) -> None:
+def step(folder: Path, iteration: int, total: int, loss: float) -> None:
     line = {
         "iteration": iteration,
         "epoch": 0,
         "total_iterations": total,
-        "loss": 3.0 / iteration,
+        "loss": loss,
         "lr": 1e-4,
         "grad_norm": 0.5,
         "tokens": 128,

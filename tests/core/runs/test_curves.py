@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from core.runs.curves import downsample, smooth
+from core.runs.curves import downsample, ratio, smooth
 from core.runs.metrics import COLUMNS, Metrics, merge_resumes
 from core.runs.progress import measure, tokens_per_second
 
@@ -28,6 +28,16 @@ def test_every_spike_survives_downsampling() -> None:
 def test_downsampling_leaves_out_what_cannot_be_drawn() -> None:
     assert downsample(np.array([1.0, np.nan, np.inf, 2.0])).tolist() == [0, 3]
     assert downsample(np.full(10, np.nan)).tolist() == []
+
+
+def test_ratio_is_that_of_the_sums() -> None:
+    amounts = np.array([10.0, 30, np.nan, 50, 7])
+    seconds = np.array([1.0, 1, 9, 5, np.nan])
+    places, values = ratio(amounts, seconds, 2)
+    assert places.tolist() == [1, 4]
+    assert values.tolist() == [20, 10]
+    assert ratio(amounts[:0], seconds[:0])[1].tolist() == []
+    assert np.isnan(ratio(amounts[4:], seconds[4:])[1]).all()
 
 
 def test_smoothing_is_adams_debiased_average() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.runs.columns import GrowingRows
 from core.runs.directory import RunDirectory
 from core.runs.metrics import COLUMNS, MetricsReader, merge_resumes, parse, read_since, read_work_dir
 
@@ -18,13 +19,14 @@ def line(iteration: int, **more: object) -> str:
 def test_reads_only_what_is_new(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(line(1) + line(2), encoding="utf-8")
-    rows, offset, inode = read_since(file, 0)
-    assert rows[:, 0].tolist() == [1, 2]
+    rows = GrowingRows(len(COLUMNS))
+    offset, inode = read_since(file, 0, 0, rows)
+    assert rows.view()[:, 0].tolist() == [1, 2]
     assert offset == file.stat().st_size
     with open(file, "a", encoding="utf-8") as stream:
         stream.write(line(3))
-    rows, _, _ = read_since(file, offset, inode)
-    assert rows[:, 0].tolist() == [3]
+    assert read_since(file, offset, inode, rows)[0] == file.stat().st_size
+    assert rows.view()[:, 0].tolist() == [1, 2, 3]
 
 
 def test_half_line_waits_for_its_end(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from core.errors import ConflictError, MachineError
 from core.project import Project
-from core.runs import processes, supervisor
+from core.runs import processes, stop
 from core.runs.control import request_stop
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.launch import now_utc, start_job, start_supervisor
@@ -83,7 +83,7 @@ def test_save_can_become_cancel(start: Start) -> None:
 
 
 def test_sigkill_when_sigterm_is_ignored(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert supervisor.KILL_SECONDS == 15.0
+    assert stop.KILL_SECONDS == 15.0
     run = start("--steps", "100000", "--ignore-term", "--ignore-stop")
     wait_until(run.metrics_file.exists)
     request_stop(run, "cancel")

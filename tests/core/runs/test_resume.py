@@ -1,0 +1,248 @@
+"""Going on from a checkpoint: what fits, what is refused and why, what will happen. Nothing is trained here."""
+
+import json
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.checkpoints.reshape import rescale_file
+from core.checkpoints.warm import write_weights
+from core.config.source import ConfigSource
+from core.errors import DanluError, InputError
+from core.i18n import catalog
+from core.messages import Message
+from core.project import Project
+from core.runs.carry_over import carry_over
+from core.runs.directory import RunSpec
+from core.runs.job import SilentProgress
+from core.runs.resume import Mode
+from core.runs.train import TrainRequest, is_written_anew, plan
+from tests.models import HIDDEN, write_tiny_llama, write_tiny_qwen2
+from tests.training import make_project, write_rows
+
+RANK = 64
+"""As the preset config says."""
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Project, Path, Path]:
+    """A project, its config, and a plain checkpoint at iteration 8 of a run of two processes."""
+    project, config = make_project(tmp_path / "p", write_tiny_qwen2)
+    return project, config, write_run(project, config, cpu_processes=2)
+
+
+def write_run(project: Project, config: Path, **request: Any) -> Path:
+    """The directory of a run as it lies after a start with this config, with one checkpoint."""
+    spec = plan(project, TrainRequest(config=config, name="first", **request))
+    run = project.train / "first"
+    (run / "source").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps(spec.to_json()), encoding="utf-8")
+    (run / "source" / config.name).write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
+    return write_checkpoint(run / "iter_8.pth")
+
+
+def write_checkpoint(file: Path) -> Path:
+    """What mmengine saves of a LoRA run, with the schedule of 12 iterations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+
+    weight = torch.ones(RANK, HIDDEN)
+    moments = {"step": torch.tensor(4.0), "exp_avg": weight * 2, "exp_avg_sq": weight * 3}
+    cosine = {
+        "T_max": 12, "eta_min": 0.0, "eta_min_ratio": None, "param_name": "lr", "begin": 0, "end": 12, "by_epoch": False,
+        "base_values": [1e-4], "last_step": 8, "_global_step": 8, "_last_value": [2.5e-5],
+    }  # fmt: skip
+    states = {
+        "state_dict": {"llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": weight},
+        "optimizer": {"state": {0: moments}, "param_groups": [{"lr": 2.5e-5, "params": [0]}]},
+        "param_schedulers": [cosine],
+        "meta": {"iter": 8, "epoch": 0, "seed": 42},
+        "message_hub": {"runtime_info": {"keep_ckpt_ids": [4, 8]}},
+    }
+    torch.save(states, file)
+    return file
+
+
+def resumed(project: Project, **request: Any) -> RunSpec:
+    return plan(project, TrainRequest(**request))
+
+
+def said(spec: RunSpec, language: str = "en") -> str:
+    happens = spec.details["resumed_from"]["happens"]
+    return " ".join(catalog(language).say(Message.from_json(value)) for value in happens)
+
+
+def entries_of(project: Project, **request: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        plan(project, TrainRequest(**request))
+    assert caught.value.code in ("resume.other_training", "resume.other_weights")
+    return str(caught.value.params["entries"])
+
+
+def test_the_same_ranks_need_nothing_written(made: tuple[Project, Path, Path]) -> None:
+    project, config, saved = made
+    spec = resumed(project, config=config, resume=saved, cpu_processes=2)
+    assert not is_written_anew(spec)
+    assert spec.details["resume"] == str(saved)
+    assert "iteration 8" in said(spec)
+
+
+def test_other_ranks_keep_batch_saving_and_epochs(made: tuple[Project, Path, Path]) -> None:
+    project, config, saved = made
+    spec = resumed(project, config=config, resume=saved, cpu_processes=1, name="one")
+    details = spec.details["resumed_from"]
+    assert is_written_anew(spec)
+    assert spec.details["resume"] == str(project.train / "one/iter_16.pth")
+    assert details["edits"] == {"accumulative_counts": 4, "save_steps": 8, "evaluation_freq": 200}
+    assert spec.details["accumulative_counts"] == 4
+    for words in ("Written by 2 processes, you chose 1", "iteration 8 becomes 16", "from 2 to 4"):
+        assert words in said(spec)
+    assert "由 2 个进程写成" in said(spec, "zh")
+
+
+def test_what_does_not_divide_is_refused(made: tuple[Project, Path, Path]) -> None:
+    project, config, saved = made
+    with pytest.raises(InputError, match="uneven_accumulation"):
+        resumed(project, config=config, resume=saved, cpu_processes=3)
+
+
+def test_another_lora_shape_model_or_data_is_named(made: tuple[Project, Path, Path]) -> None:
+    project, config, saved = made
+    text = config.read_text(encoding="utf-8")
+    config.write_text(ConfigSource(text).set("model.lora.r", 8).text, encoding="utf-8")
+    assert entries_of(project, config=config, resume=saved, cpu_processes=2) == "lora.r: 64 → 8"
+    config.write_text(ConfigSource(text).set("max_length", 32).text, encoding="utf-8")
+    assert entries_of(project, config=config, resume=saved, cpu_processes=2) == "max_length: 64 → 32"
+    config.write_text(text, encoding="utf-8")
+    write_rows(project.data / "rows.jsonl", 23)
+    assert entries_of(project, config=config, resume=saved, cpu_processes=2).startswith("data: rows.jsonl (")
+    write_tiny_llama(project.model / "other")
+    config.write_text(text.replace("/tiny", "/other"), encoding="utf-8")
+    assert "base_model: tiny → other" in entries_of(project, config=config, resume=saved, cpu_processes=2)
+
+
+def test_a_config_that_only_the_checkpoint_knows_is_compared_too(made: tuple[Project, Path, Path]) -> None:
+    """A run made by hand has no run.json: the config text inside the checkpoint is all there is."""
+    project, config, saved = made
+    import torch
+
+    states = torch.load(saved, weights_only=False)
+    text = config.read_text(encoding="utf-8")
+    states["meta"]["cfg"] = ConfigSource(text).set("max_length", 128).text
+    by_hand = project.train / "by_hand"
+    by_hand.mkdir()
+    torch.save(states, by_hand / "iter_8.pth")
+    assert entries_of(project, config=config, resume=by_hand / "iter_8.pth") == "max_length: 128 → 64"
+
+
+def test_changes_that_the_checkpoint_overrides_are_said(made: tuple[Project, Path, Path]) -> None:
+    project, config, saved = made
+    config.write_text(ConfigSource(config.read_text(encoding="utf-8")).set("lr", 1e-5).text, encoding="utf-8")
+    assert "no effect: lr:" in said(resumed(project, config=config, resume=saved, cpu_processes=2))
+
+
+def test_weights_alone_go_with_other_data(made: tuple[Project, Path, Path]) -> None:
+    project, config, saved = made
+    write_rows(project.data / "rows.jsonl", 23)
+    spec = resumed(project, config=config, resume=saved, resume_mode=Mode.WEIGHTS, name="warm")
+    assert spec.details["resume"] is None
+    assert is_written_anew(spec)
+    text = ConfigSource(config.read_text(encoding="utf-8")).set("model.lora.r", 8).text
+    config.write_text(text, encoding="utf-8")
+    assert "lora.r" in entries_of(project, config=config, resume=saved, resume_mode=Mode.WEIGHTS)
+
+
+def test_more_epochs_stretch_the_schedule(made: tuple[Project, Path, Path], tmp_path: Path) -> None:
+    project, config, saved = made
+    spec = resumed(project, config=config, resume=saved, cpu_processes=2, extra_epochs=1)
+    assert spec.details["resumed_from"]["edits"] == {"max_epochs": 2}
+    assert "Planned for 1 epochs, now 2" in said(spec)
+    from fractions import Fraction
+
+    import torch
+
+    rescale_file(saved, tmp_path / "longer.pth", 2, 2, stretch=Fraction(2), progress=SilentProgress())
+    states = torch.load(tmp_path / "longer.pth", weights_only=False)
+    assert (states["meta"]["iter"], states["param_schedulers"][0]["end"]) == (8, 24)
+    assert states["optimizer"]["param_groups"][0]["lr"] == pytest.approx(7.5e-5)
+    before = torch.load(saved, weights_only=False)
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(before["optimizer"]["state"][0][key], states["optimizer"]["state"][0][key])
+
+
+def test_deepspeed_and_plain_files_are_told_apart(made: tuple[Project, Path, Path]) -> None:
+    project, config, saved = made
+    with pytest.raises(InputError, match="checkpoint_without_deepspeed"):
+        resumed(project, config=config, resume=saved, deepspeed="deepspeed_zero2", cpu_processes=2)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (eval, ("1 + 1",))
+
+
+def test_a_checkpoint_with_foreign_code_is_not_loaded(made: tuple[Project, Path, Path]) -> None:
+    project, config, saved = made
+    with zipfile.ZipFile(saved) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = next(name for name in entries if name.endswith("data.pkl"))
+    entries[name] = pickle.dumps({"state_dict": {}, "meta": Evil()}, protocol=2)
+    with zipfile.ZipFile(saved, "w", zipfile.ZIP_STORED) as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
+    with pytest.raises(InputError, match="unsafe") as caught:
+        resumed(project, config=config, resume=saved, cpu_processes=2)
+    assert "eval" in str(caught.value.params["name"])
+
+
+def test_a_refused_request_leaves_no_folder(made: tuple[Project, Path, Path]) -> None:
+    project, config, saved = made
+    request = TrainRequest(config=config, resume=saved, cpu_processes=1, name="one")
+    saved.write_bytes(saved.read_bytes()[:-200])
+    with pytest.raises(DanluError):
+        carry_over(str(project.root), request.to_json(), progress=SilentProgress())
+    assert not (project.train / "one").exists()
+
+
+def test_a_request_survives_the_way_through_json(made: tuple[Project, Path, Path]) -> None:
+    _, config, saved = made
+    request = TrainRequest(config=config, resume=saved, gpus=("0", "1"), resume_mode=Mode.WEIGHTS, extra_epochs=2)
+    assert TrainRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
+
+
+def test_carrying_over_makes_a_run_that_has_all_it_needs(
+    made: tuple[Project, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, config, saved = made
+    launched: list[RunSpec] = []
+    monkeypatch.setattr("core.runs.carry_over.launch", lambda _parent, spec: launched.append(spec))
+    monkeypatch.setattr("shutil.rmtree", lambda *_args, **_options: None)  # No run.json: nothing was really launched.
+    request = TrainRequest(config=config, resume=saved, cpu_processes=1, name="one")
+    assert carry_over(str(project.root), request.to_json(), progress=SilentProgress()) == {"run": "one"}
+    source = ConfigSource((project.train / "one/source/tiny.py").read_text(encoding="utf-8"))
+    assert source.get("accumulative_counts") == 4
+    import torch
+
+    states = torch.load(launched[0].details["resume"], weights_only=False)
+    assert (states["meta"]["iter"], states["param_schedulers"][0]["end"]) == (16, 24)
+
+
+def test_weights_are_taken_out_as_they_are(made: tuple[Project, Path, Path], tmp_path: Path) -> None:
+    _, _, saved = made
+    import torch
+
+    target = tmp_path / "weights.pth"
+    assert write_weights(saved, target, progress=SilentProgress()) == 1
+    before, after = torch.load(saved, weights_only=False), torch.load(target)
+    assert after.keys() == {"state_dict", "meta"}
+    for name, tensor in before["state_dict"].items():
+        assert torch.equal(tensor, after["state_dict"][name])
+    whole = tmp_path / "full.pth"
+    torch.save({"state_dict": {"llm.model.norm.weight": torch.ones(4)}, "meta": {}}, whole)
+    with pytest.raises(InputError, match="full_weights"):
+        write_weights(whole, tmp_path / "x.pth", progress=SilentProgress())

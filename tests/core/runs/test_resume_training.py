@@ -1,0 +1,64 @@
+"""The whole path on the CPU with two gloo ranks: train on 2, stop, go on on 1 through reshaping, back on 2, convert, merge."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.checkpoints.deliverables import deliver
+from core.checkpoints.inspect import inspect_checkpoint
+from core.files import read_json
+from core.project import Project
+from core.runs.directory import RunDirectory
+from core.runs.job import SilentProgress
+from core.runs.state import Phase, read_status
+from core.runs.train import TrainRequest, start_training
+from tests.models import write_tiny_llama
+from tests.training import Trained, make_project, read_lines, train
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+def go_on(project: Project, request: TrainRequest) -> Trained:
+    """Start through the job that writes the checkpoint anew, and wait for the run that it starts."""
+    job = start_training(project, request)
+    assert job.path.parent == project.jobs
+    status = wait_for_end(job)
+    assert status.phase is Phase.FINISHED, job.log_file.read_text()[-3000:]
+    run = RunDirectory(project.train / read_json(job.result_file)["run"])
+    return Trained(run, wait_for_end(run), read_lines(run.metrics_file))
+
+
+def wait_for_end(run: RunDirectory, seconds: float = 120.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while (status := read_status(run)).phase.is_active or status.ended_at is None:
+        assert time.monotonic() < deadline, run.log_file.read_text()[-3000:]
+        time.sleep(0.1)
+    return status
+
+
+def test_two_ranks_stop_one_goes_on_and_the_model_is_delivered(tmp_path: Path) -> None:
+    project, config = make_project(tmp_path / "p", write_tiny_llama, model__lora__lora_dropout=0.0, max_epochs=5)
+    two = {"config": config, "deepspeed": "deepspeed_zero2", "cpu_processes": 2}
+    whole = train(project, TrainRequest(name="whole", **two))
+    first = train(project, TrainRequest(name="first", **two), stop_at=1)
+    assert (first.status.phase, first.status.exit_code) == (Phase.STOPPED, 0), first.log[-3000:]
+    stopped = max(first.losses)
+    assert stopped < max(whole.losses)
+    request = TrainRequest(
+        config=config, deepspeed="deepspeed_zero2", name="one", resume=first.run.path / f"iter_{stopped}.pth", seed=None
+    )
+    one = go_on(project, request)
+    assert one.status.exit_code == 0, one.log[-3000:]
+    details = json.loads((one.run.path / "run.json").read_text())["details"]
+    assert (details["accumulative_counts"], details["world_size"]) == (4, 1)
+    card = inspect_checkpoint(max(one.run.path.glob("iter_*.pth"), key=lambda path: int(path.stem[5:])))
+    assert (card.world_size, card.stage, card.is_complete) == (1, 2, True)
+    # Two micro-batches of the one rank are one of the two ranks: the curve goes on as if nothing had happened.
+    means = {step // 2: (one.losses[step - 1] + one.losses[step]) / 2 for step in one.losses if step % 2 == 0}
+    assert first.losses | means == pytest.approx(whole.losses, rel=1e-6)
+    assert min(means) == stopped + 1
+    delivered = deliver(str(project.root), str(card.path), "final", progress=SilentProgress())
+    assert delivered["verified"]["passed"]

@@ -1,0 +1,278 @@
+"""The watch in the supervisor: stops a broken run, tells a webhook, survives a full disk; and a run that goes on in its folder."""
+
+import json
+import math
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.errors import ConflictError, InputError, MachineError
+from core.files import write_json
+from core.project import Project
+from core.runs import processes
+from core.runs.again import go_on, resume_point, retry
+from core.runs.control import request_stop
+from core.runs.directory import RunDirectory, RunSpec
+from core.runs.failure import explain_failure
+from core.runs.launch import now_utc
+from core.runs.metrics import MetricsReader
+from core.runs.state import Phase, read_attempt, read_status
+from core.runs.watch import Watch, WatchRules, read_alerts, read_rules
+from core.runs.webhook import body_for, check, post
+from tests.core.runs.conftest import Start, log_of, wait_for, wait_until
+
+
+@pytest.fixture
+def receiver() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A webhook's other end: its address, and what it got. `/no` refuses."""
+    got: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(500 if self.path == "/no" else 204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", got
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def save_checkpoint(run: RunDirectory, iteration: int) -> Path:
+    """A file that inspect_checkpoint takes for one of mmengine's."""
+    path = run.path / f"iter_{iteration}.pth"
+    state = {"meta": {"iter": iteration}, "state_dict": {"llm.x": torch.zeros(2)}, "optimizer": {"state": {}}}
+    torch.save(state, path)
+    return path
+
+
+def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(start: Start) -> None:
+    run = start("--steps", "100000", "--nan-from", "30")
+    status = wait_for(run, Phase.CANCELLED)
+    assert (status.stop_reason, status.stop_mode) == ("nan", "cancel")
+    assert list(run.path.glob("iter_*")) == [], "nothing was saved on the way out"
+    alerts, _ = read_alerts(run)
+    assert [(alert.kind, alert.level, alert.params["first"]) for alert in alerts] == [("nan", "error", 30)]
+    assert alerts[0].until is not None
+    metrics = MetricsReader(run.metrics_file).refresh()
+    assert math.isnan(metrics["loss"][29])
+
+
+def test_nan_does_not_end_a_run_whose_person_said_no(start: Start, project: Project) -> None:
+    run = start("--steps", "100000", "--nan-from", "1", "--step-seconds", "0.3")
+    write_json(run.watch_file, WatchRules(stop_on=()).to_json())
+    wait_until(lambda: [alert.level for alert in read_alerts(run)[0]] == ["error"])
+    time.sleep(1.2)
+    assert read_status(run).phase is Phase.RUNNING
+
+
+def test_webhook_gets_alert_and_end(start: Start, receiver: tuple[str, list[dict[str, Any]]]) -> None:
+    url, got = receiver
+    run = start("--steps", "100000", "--nan-from", "60")
+    write_json(run.watch_file, WatchRules(webhook=url, language="zh").to_json())
+    wait_for(run, Phase.CANCELLED)
+    wait_until(lambda: any(event["event"] == "end" for event in got))
+    events = [(event["event"], event["kind"]) for event in got]
+    assert ("alert", "nan") in events
+    assert events[-1] == ("end", "cancelled")
+    assert got[-1]["text"] == f"{run.id}: 已取消"
+    wait_until(lambda: read_alerts(run)[1].get("sent") == len(got))
+
+
+def test_a_webhook_that_refuses_is_noted_and_harms_nothing(tmp_path: Path, receiver: tuple[str, Any]) -> None:
+    run = RunDirectory(tmp_path)
+    write_json(run.watch_file, {"webhook": f"{receiver[0]}/no", "stop_on": []})
+    watch = Watch(run, spec(), None)
+    watch.close("finished")
+    delivery = read_alerts(run)[1]
+    assert (delivery["sent"], delivery["failed"]) == (0, 1)
+    assert "500" in delivery["reason"]
+
+
+def test_webhook_addresses_and_formats() -> None:
+    for url in ("file:///etc/passwd", "ftp://x/y", "https://", "example.com", "http://a b/", "http://[::1"):
+        with pytest.raises(InputError):
+            check(url)
+    with pytest.raises(MachineError):
+        post("http://127.0.0.1:9/", {"text": "x"})
+    event = {"text": "hello", "kind": "nan"}
+    assert body_for("https://example.com/x", event) == event
+    assert body_for("https://open.feishu.cn/open-apis/bot/v2/hook/1", event)["content"] == {"text": "hello"}
+    assert body_for("https://oapi.dingtalk.com/robot/send?access_token=1", event)["text"] == {"content": "hello"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"stop_on": ["unknown", "nan"], "webhook": null}'])
+def test_broken_rules_are_the_defaults(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "watch.json"
+    assert read_rules(file) == WatchRules()
+    file.write_text(content, encoding="utf-8")
+    assert read_rules(file).webhook == ""
+    assert "nan" in read_rules(file).stop_on
+
+
+def spec(**changes: Any) -> RunSpec:
+    return RunSpec(id="r", kind="train", title="t", argv=["/x"], cwd="/", created_at=now_utc(), **changes)
+
+
+def write_lines(run: RunDirectory, losses: list[float]) -> None:
+    with open(run.metrics_file, "a", encoding="utf-8") as stream:
+        for number, loss in enumerate(losses, 1):
+            stream.write(json.dumps({"iteration": number, "loss": loss}) + "\n")
+
+
+def test_a_full_disk_loses_no_alert_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(tmp_path)
+    watch = Watch(run, spec(), None)
+    is_full = True
+
+    def replace(path: Path, content: bytes) -> None:
+        if is_full:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(content)
+
+    monkeypatch.setattr("core.runs.watch.replace_file", replace)
+    monkeypatch.setattr("core.runs.watch.LOOK_SECONDS", 0.0)
+    write_lines(run, [math.nan] * 2)
+    watch.look()
+    assert not run.alerts_file.exists()
+    is_full = False
+    watch.look()
+    assert [alert.kind for alert in read_alerts(run)[0]] == ["nan"]
+
+
+def test_half_lines_and_a_replaced_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.runs.watch.LOOK_SECONDS", 0.0)
+    run = RunDirectory(tmp_path)
+    watch = Watch(run, spec(), None)
+    run.metrics_file.write_text('{"iteration": 1, "loss": N', encoding="utf-8")
+    watch.look()
+    assert read_alerts(run)[0] == []
+    with open(run.metrics_file, "a", encoding="utf-8") as stream:
+        stream.write("aN}\ngarbage\n[]\n")
+    watch.look()
+    assert [alert.kind for alert in read_alerts(run)[0]] == ["nan"]
+    run.metrics_file.write_text("", encoding="utf-8")
+    watch.look()
+    run.metrics_file.unlink()
+    watch.look()
+
+
+def test_a_new_watch_closes_what_an_old_one_left_open(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    alert = {"kind": "spike", "level": "warning", "subject": "", "since": 1.0, "iteration": 5, "params": {}}
+    write_json(run.alerts_file, {"alerts": [alert]})
+    write_lines(run, [math.nan] * 5)  # of the attempt before: no news
+    watch = Watch(run, spec(), None)
+    watch.look()
+    alerts = read_alerts(run)[0]
+    assert [each.kind for each in alerts] == ["spike"]
+    assert alerts[0].until is not None
+
+
+def test_pause_and_go_on_at_the_same_step(start: Start) -> None:
+    run = start("--steps", "60")
+    wait_until(lambda: len(MetricsReader(run.metrics_file).refresh()) >= 5)
+    request_stop(run, "save")
+    wait_for(run, Phase.STOPPED)
+    saved = next(run.path.glob("iter_*.pth"))
+    iteration = int(saved.stem.removeprefix("iter_"))
+    save_checkpoint(run, iteration)
+    card = go_on(run)
+    assert (card.path, read_attempt(run)["number"]) == (saved, 2)
+    assert wait_for(run, Phase.FINISHED).stop_mode is None
+    metrics = MetricsReader(run.metrics_file).refresh()
+    assert metrics["iteration"].tolist() == list(range(1, 61))
+    assert log_of(run).count("step ") == 60
+    with pytest.raises(ConflictError, match="complete"):
+        go_on(run)
+
+
+def test_going_on_needs_a_checkpoint_and_a_run_that_has_ended(start: Start) -> None:
+    run = start("--steps", "100000")
+    with pytest.raises(ConflictError, match="still_running"):
+        go_on(run)
+    request_stop(run, "cancel")
+    wait_for(run, Phase.CANCELLED)
+    with pytest.raises(InputError, match="no_checkpoint"):
+        go_on(run)
+
+
+def test_a_checkpoint_saved_while_the_loss_was_nan_is_not_gone_on_from(start: Start) -> None:
+    run = start("--steps", "1")
+    wait_for(run, Phase.FINISHED)
+    good = save_checkpoint(run, 100)
+    time.sleep(0.05)
+    began = time.time() - 0.02  # the kernel's clock for files ticks coarsely
+    save_checkpoint(run, 200)
+    alert = {"kind": "nan", "level": "error", "subject": "", "since": began, "until": time.time() + 1}
+    write_json(run.alerts_file, {"alerts": [alert | {"iteration": 150, "params": {"first": 150, "count": 9}}]})
+    card = resume_point(run)
+    assert card is not None
+    assert card.path == good
+
+
+def test_retry_is_the_same_run_in_a_new_folder(start: Start, project: Project) -> None:
+    run = start("--steps", "2", "--exit-code", "1")
+    wait_for(run, Phase.FAILED)
+    with pytest.raises(InputError, match="missing"):
+        retry(project, run)
+    run.source.mkdir()
+    (run.source / "tiny.py").write_text("x = 1\n", encoding="utf-8")
+    again = retry(project, run)
+    wait_for(again, Phase.FAILED)
+    assert again.path != run.path
+    assert (again.source / "tiny.py").read_text() == "x = 1\n"
+    assert again.spec().details["retry_of"] == run.id
+    assert len(again.metrics_file.read_text().splitlines()) == 2
+    assert len(run.metrics_file.read_text().splitlines()) == 2
+
+
+def test_only_the_last_attempt_explains_a_failure(start: Start) -> None:
+    run = start("--steps", "1", "--exit-code", "1", "--print", "CUDA out of memory")
+    wait_for(run, Phase.FAILED)
+    failure = explain_failure(run)
+    assert failure is not None
+    assert failure.cause == "cuda_oom"
+    save_checkpoint(run, 1)
+    go_on(run)
+    wait_for(run, Phase.FAILED)
+    offset = read_attempt(run)["log_offset"]
+    with open(run.log_file, "r+", encoding="utf-8") as stream:
+        stream.truncate(offset)
+        stream.seek(0, 2)
+        stream.write("OSError: [Errno 28] No space left on device\n")
+    failure = explain_failure(run)
+    assert failure is not None
+    assert failure.cause == "disk_full"
+
+
+def test_a_rank_that_dies_alone_ends_the_run_and_says_so(start: Start) -> None:
+    run = start("--kill-rank")
+    status = wait_for(run, Phase.FAILED)
+    failure = explain_failure(run, status)
+    assert failure is not None
+    assert failure.cause == "killed"
+    assert any("exitcode: -9" in line for line in failure.evidence)
+
+
+def test_a_deleted_folder_is_lost_and_not_made_anew(start: Start) -> None:
+    run = start("--steps", "100000", "--step-seconds", "0.5")
+    wait_until(run.metrics_file.exists)
+    shutil.rmtree(run.path)
+    wait_until(lambda: processes.marked(str(run.path)) == [])
+    assert read_status(run).phase is Phase.LOST
+    assert not run.path.exists()
