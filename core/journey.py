@@ -1,9 +1,14 @@
 """Which steps of the journey a project has behind it, read from the disk each time. Knows the folders, not what made them."""
 
+from collections.abc import Iterable
 from enum import StrEnum
+from pathlib import Path
 
+from core.data.library import SUFFIXES
+from core.environment.doctor import last_report
+from core.environment.report import Status
 from core.project import Project
-from core.runs.directory import RunDirectory
+from core.runs.jobs import list_runs
 from core.runs.state import Phase, read_status
 
 
@@ -19,24 +24,25 @@ def steps(project: Project | None) -> dict[str, StepState]:
     """State of each step by page name; a page without a step is not named."""
     if project is None:
         return {}
-    runs = train_runs(project)
-    phases = [read_status(run).phase for run in runs]
+    report = last_report(project.root)
+    phases = [read_status(run).phase for run in list_runs(project)]
     trained = any(phase in (Phase.FINISHED, Phase.STOPPED) for phase in phases)
-    merged = any(project.final_model.glob("*/danlu.json"))
     return {
-        "model": _done(any(project.model.glob("config.json")) or any(project.model.glob("*/config.json"))),
-        "dataset": _done(any(project.data.glob("*.json")) or any(project.data.glob("*.jsonl"))),
+        "environment": _done(report is not None and report.status is not Status.RED),
+        "model": _done(_has_model(project.model)),
+        "dataset": _done(any(file.suffix.lower() in SUFFIXES for file in project.data.rglob("[!.]*"))),
         "config": _done(any(project.config.glob("*.py"))),
-        "launch": _done(bool(runs)),
+        "launch": _done(bool(phases)),
         "monitor": StepState.ACTIVE if any(phase.is_active for phase in phases) else _done(trained),
-        "export": _done(merged),
+        "export": _done(_has_model(project.final_model)),
         "chat": _done(any(project.chat.glob("*.json"))),
     }
 
 
-def train_runs(project: Project) -> list[RunDirectory]:
-    """Runs of this project made by the app, oldest first."""
-    return [RunDirectory(spec.parent) for spec in sorted(project.train.glob("*/run.json"))]
+def _has_model(folder: Path) -> bool:
+    """As in the guide, a model may lie in the folder itself or in one of its folders."""
+    found: Iterable[Path] = (file for pattern in ("config.json", "*/config.json") for file in folder.glob(pattern))
+    return any(not file.parent.name.startswith(".") for file in found)
 
 
 def _done(is_done: bool) -> StepState:

@@ -9,6 +9,7 @@ from typing import Any
 from core.config.facts import Machine, read_data, read_model
 from core.config.presets import Wishes, make
 from core.config.source import ConfigSource
+from core.models.remote_code import allow
 from core.project import Project, open_project
 from core.runs.directory import RunDirectory
 from core.runs.state import RunStatus, read_status
@@ -34,7 +35,9 @@ def make_project(root: Path, write_model: Any, *, method: str = "lora", **edits:
     """A project with model, data and a config of the preset; `edits` are config paths (with __ for the dot) and values."""
     root.mkdir(parents=True, exist_ok=True)
     project = open_project(root)
-    model = read_model(write_model(project.model / "tiny"))
+    folder = write_model(project.model / "tiny")
+    allow(project, folder)
+    model = read_model(folder)
     data = read_data(write_rows(project.data / "rows.jsonl"))
     wishes = Wishes(method=method, max_length=64, max_epochs=1, accumulative_counts=2)
     source = ConfigSource(make(model, data, Machine(cpu_count=2), wishes))

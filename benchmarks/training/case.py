@@ -4,6 +4,7 @@ Runs XTuner's own runner (stock, or with the speed layer), or the peer (HF Llama
 packed text, and prints one JSON line. The same data and the same weights on both sides.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from typing import Any, Final
 
 import torch
 
+MARK: Final = "case-result: "
+"""Begins the line with the result."""
 SHAPES: Final[dict[str, dict[str, int]]] = {
     "1.8b": {"hidden": 2048, "layers": 24, "heads": 16, "kv_heads": 8, "width": 8192, "vocabulary": 92544},
     "7b": {"hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "width": 14336, "vocabulary": 92544},
@@ -44,7 +47,10 @@ class Case:
     learning_rate: float = 2e-4
     memory_limit_gib: float | None = None
     parts: str | list[str] = "auto"
+    tokens_per_pass: int | None = None
     keeps_losses: bool = False
+    precision: str = "bf16"
+    """bf16 (mmengine's AMP, as the guide) or fp32"""
     checkpointing: bool = True
 
     @property
@@ -216,7 +222,7 @@ train_dataset = dict(
     max_length={length!r}, remove_unused_columns=True, shuffle_before_pack=False, pack_to_max_length=True, map_num_proc=1,
 )
 train_dataloader = dict(
-    batch_size={batch!r}, num_workers=0, dataset=train_dataset, sampler=dict(type=DefaultSampler, shuffle=True),
+    batch_size={batch!r}, num_workers=0, dataset=train_dataset, sampler=dict(type=DefaultSampler, shuffle=True, seed=11),
     collate_fn=dict(type=default_collate_fn, use_varlen_attn=False),
 )
 optim_wrapper = dict(
@@ -224,7 +230,7 @@ optim_wrapper = dict(
     optimizer=dict(type=AdamW, lr={learning_rate!r}, betas=(0.9, 0.999), weight_decay=0),
     clip_grad=dict(max_norm=1, error_if_nonfinite=False), accumulative_counts={accumulation!r},
 )
-if not {on_gpu!r}:
+if not {with_amp!r}:
     optim_wrapper['type'] = OptimWrapper
     del optim_wrapper['loss_scale'], optim_wrapper['dtype']
 param_scheduler = []
@@ -232,6 +238,7 @@ train_cfg = dict(type=TrainLoop, max_iters={iterations!r})
 default_hooks = dict(checkpoint=None, logger=None)
 custom_hooks = []
 work_dir = {work!r}
+experiment_name = {name!r}
 launcher = {launcher!r}
 env_cfg = dict(dist_cfg=dict(backend='nccl'))
 randomness = dict(seed={seed!r})
@@ -249,7 +256,8 @@ def config_source(case: Case, folder: Path, work: Path) -> str:
     return CONFIG_SOURCE.format(
         folder=str(folder), quantised=case.method == "qlora", checkpointing=case.checkpointing, dropout=case.dropout,
         case=json.dumps(asdict(case)), length=case.length, batch=case.batch, learning_rate=case.learning_rate,
-        accumulation=case.accumulation, on_gpu=on_gpu, iterations=case.steps * case.accumulation, work=str(work),
+        accumulation=case.accumulation, with_amp=on_gpu and case.precision == "bf16",
+        iterations=case.steps * case.accumulation, work=str(work), name=work.name,
         launcher="pytorch" if on_gpu else "none", seed=case.seed,
     )  # fmt: skip
 
@@ -268,13 +276,14 @@ def run_xtuner(case: Case, folder: Path, work: Path) -> dict[str, Any]:
     from mmengine.hooks import Hook
     from mmengine.runner import Runner
 
-    from core.xtuner.runtime.speed import install
-    from core.xtuner.runtime.speed.parts import Wish
+    from core.xtuner.runtime.speed import install, parts
 
+    if not torch.cuda.is_available():
+        torch.cpu.is_bf16_supported = lambda: True  # XTuner asks; torch has no such question
     config = xtuner_config(case, folder, work)
     if case.side == "fast":
         limit = None if case.memory_limit_gib is None else int(case.memory_limit_gib * 2**30)
-        install.prepare(config, Wish.from_json({"parts": case.parts, "memory_limit_bytes": limit}))
+        install.prepare(config, parts.Wish.from_json({**asdict(case), "memory_limit_bytes": limit}))
     meter = Meter(case)
 
     class MeterHook(Hook):  # type: ignore[misc]
@@ -290,16 +299,25 @@ def run_xtuner(case: Case, folder: Path, work: Path) -> dict[str, Any]:
     runner = Runner.from_cfg(config)
     runner.register_hook(MeterHook())
     runner.train()
-    return {**meter.result(), "parts": [report.to_json() for report in install.read_reports(work)]}
+    return {**meter.result(), "parts": [_spoken(report) for report in parts.read_reports(work)]}
+
+
+def _spoken(report: Any) -> dict[str, Any]:
+    from core.i18n import catalog
+
+    return {"name": report.name, "applied": report.applied, "note": catalog("en").say(report.note)}
 
 
 def run_peer(case: Case) -> dict[str, Any]:
-    """HF Llama of the same shape + peft + Liger: bf16 weights, fused linear cross-entropy, fused AdamW, a bare loop."""
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    """HF Llama of the same shape + peft, with Liger where it can be imported: bf16 weights, fused AdamW, a bare loop."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    apply_liger_kernel_to_llama()
+    with_liger = importlib.util.find_spec("liger_kernel") is not None
+    if with_liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
     sizes = SHAPES[case.shape]
     config = LlamaConfig(
         vocab_size=sizes["vocabulary"], hidden_size=sizes["hidden"], intermediate_size=sizes["width"],
@@ -308,7 +326,8 @@ def run_peer(case: Case) -> dict[str, Any]:
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     torch.manual_seed(case.seed)
-    with torch.device("cuda"):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
         llm = LlamaForCausalLM(config).to(torch.bfloat16)
     llm.config.use_cache = False
     adapter = LoraConfig(
@@ -320,19 +339,19 @@ def run_peer(case: Case) -> dict[str, Any]:
         llm.enable_input_require_grads()
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=case.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=case.learning_rate, weight_decay=0.0, fused=device == "cuda")
     meter = Meter(case)
-    ids = torch.randint(3, sizes["vocabulary"], (case.batch, case.length), device="cuda")
+    ids = torch.randint(3, sizes["vocabulary"], (case.batch, case.length), device=device)
     for step in range(case.steps):
         for _ in range(case.accumulation):
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16):
                 loss = model(input_ids=ids, labels=ids).loss / case.accumulation
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         meter.step_done(step + 1)
-    return meter.result()
+    return {**meter.result(), "with_liger": with_liger}
 
 
 def main(argument: str) -> int:
@@ -354,7 +373,9 @@ def main(argument: str) -> int:
             result = run_xtuner(case, cache, Path(work))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    print(json.dumps({"case": asdict(case), "seconds": round(time.perf_counter() - started, 1), **result}))
+    print(
+        f"\n{MARK}" + json.dumps({"case": asdict(case), "seconds": round(time.perf_counter() - started, 1), **result})
+    )
     return 0
 
 

@@ -87,6 +87,7 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/models", guarded(_models)),
         Route("/v1/chat/completions", guarded(_chat), methods=["POST"]),
         Route("/v1/completions", guarded(_complete), methods=["POST"]),
+        Route("/prompt", guarded(_prompt), methods=["POST"]),
     ]
     return Starlette(routes=routes, exception_handlers={404: unknown, 405: unknown})
 
@@ -110,6 +111,12 @@ async def _chat(service: Service, request: Request) -> Response:
     body = await _read_body(service, request)
     prompt = service.loaded.encoder.encode(_plain_messages(body.get("messages")))
     return await _answer(service, request, body, prompt, "chat")
+
+
+async def _prompt(service: Service, request: Request) -> Response:
+    """How messages are given to the model, and what the tokenizer's own template would make of them. Not part of OpenAI's API."""
+    body = await _read_body(service, request)
+    return JSONResponse(service.loaded.encoder.explain(_plain_messages(body.get("messages"))))
 
 
 async def _complete(service: Service, request: Request) -> Response:

@@ -25,13 +25,14 @@ class Cache(Protocol):
 class RaggedCache:
     """A growing block a slot. `begin` says which slots and positions the next forward pass is for."""
 
-    def __init__(self, config: DecoderConfig, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, slots: int, device: torch.device) -> None:
+        """Held and computed in float32: on a CPU there is room, and small products are fastest in it."""
         self._shape = (config.layers, 2, config.kv_heads)
         self._head_dim = config.head_dim
         self._groups = config.heads // config.kv_heads
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device = torch.float32, device
         self._blocks = [
-            torch.empty((*self._shape, 0, self._head_dim), dtype=dtype, device=device) for _ in range(slots)
+            torch.empty((*self._shape, 0, self._head_dim), dtype=self._dtype, device=device) for _ in range(slots)
         ]
         self._rows: list[tuple[int, int]] = []
 
@@ -42,10 +43,11 @@ class RaggedCache:
             self._reserve(slot, start + tokens)
 
     def extend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        wide = query.to(self._dtype)
         if len(self._rows) == 1:
-            return self._attend(layer, self._rows[0], query, key, value)
-        parts = zip(self._rows, query.split(1), key.split(1), value.split(1), strict=True)
-        return torch.cat([self._attend(layer, *part) for part in parts])
+            return self._attend(layer, self._rows[0], wide, key, value).to(query.dtype)
+        parts = zip(self._rows, wide.split(1), key.split(1), value.split(1), strict=True)
+        return torch.cat([self._attend(layer, *part) for part in parts]).to(query.dtype)
 
     def _attend(
         self, layer: int, row: tuple[int, int], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, /
@@ -55,11 +57,13 @@ class RaggedCache:
         end = start + tokens
         keys[:, start:end] = key[0]
         values[:, start:end] = value[0]
-        past_keys, past_values = keys[None, :, :end], values[None, :, :end]
         if tokens == 1:
-            # One query token: the query heads of a key-value head are its rows, so nothing needs repeating or masking.
-            grouped = query.view(1, self._shape[2], self._groups, self._head_dim)
-            return scaled_dot_product_attention(grouped, past_keys, past_values).view(query.shape)
+            # One query token: the query heads of a key-value head are its rows, so nothing needs repeating or masking; and
+            # so little work is done soonest without waking a second thread, as scaled_dot_product_attention would.
+            grouped = query.view(self._shape[2], self._groups, self._head_dim)
+            shares = (grouped @ keys[:, :end].transpose(1, 2)).mul_(self._head_dim**-0.5).softmax(-1)
+            return (shares @ values[:, :end]).view(query.shape)
+        past_keys, past_values = keys[None, :, :end], values[None, :, :end]
         mask = None if start == 0 else _causal_mask(start, tokens, query.device)
         return scaled_dot_product_attention(
             query, past_keys, past_values, attn_mask=mask, is_causal=mask is None, enable_gqa=self._groups > 1
@@ -74,6 +78,11 @@ class RaggedCache:
         grown = torch.zeros((*self._shape, room, self._head_dim), dtype=self._dtype, device=self._device)
         grown[:, :, :, :held] = block
         self._blocks[slot] = grown
+
+
+def slot_bytes(config: DecoderConfig, length: int, dtype: torch.dtype) -> int:
+    """Memory of one slot of a `StaticCache`."""
+    return 2 * config.layers * config.kv_heads * (length + 1) * config.head_dim * int(dtype.itemsize)
 
 
 class StaticCache:
@@ -92,6 +101,10 @@ class StaticCache:
         """How many places a decoding step looks at: the graph for short conversations reads less memory."""
         self.positions: torch.Tensor | None = None
         """(rows,) place of each row's new token in a decoding step; None while a prompt is read."""
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """Keys and values of one layer: (2, slots, kv_heads, length + 1, head_dim)."""
+        return self._block[layer]
 
     def begin_prompt(self, slot: int, start: int) -> None:
         self.positions, self._slot, self._start = None, slot, start

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 from core.errors import DanluError, InputError, JobError
 from core.files import read_json
+from core.launchers.local import idle_gpu
+from core.models.remote_code import require_allowed
 from core.project import Project
 from core.runs.control import request_stop
 from core.runs.directory import RunDirectory, RunSpec
@@ -54,6 +56,29 @@ class Worker:
         key = (self.run.path / "api_key").read_text(encoding="ascii")
         return Endpoint(str(self.served["url"]), key, self.name)
 
+    def target(self) -> "Target | None":
+        """To talk to; None while it loads."""
+        if self.served is None:
+            return None
+        longest = int(self.served["max_tokens"])
+        return Target(self.endpoint(), bool(self.details.get("adapter")), longest, is_ours=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a conversation is held with: one of our workers, or a server of another program."""
+
+    endpoint: Endpoint
+    has_adapter: bool = False
+    """It answers with and without an adapter."""
+    max_tokens: int | None = None
+    """Longest conversation; None: not known."""
+    is_ours: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.endpoint.model
+
 
 @dataclass
 class Reply:
@@ -93,10 +118,11 @@ def start_worker(
 ) -> RunDirectory:
     """Start a worker for a model folder and return at once; `find_workers` shows how far it is.
 
-    Raises InputError `chat.no_model` if `model` is no model folder.
+    Raises InputError `chat.no_model` if `model` is no model folder, `models.code_not_allowed` if it needs code that nobody allowed.
     """
     if not (model / "config.json").is_file():
         raise InputError("chat.no_model", path=str(model))
+    require_allowed(project, model)
     run = RunDirectory(project.jobs / new_id(KIND, project.jobs))
     spec = RunSpec(
         id=run.id,
@@ -105,7 +131,8 @@ def start_worker(
         argv=[python, "-m", "core.chat.worker", str(run.path.absolute())],
         cwd=str(_APP_ROOT),
         env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
-        gpus=list(gpus),
+        # A GPU belongs to one run at a time, to a chat too: it waits for training, and training waits for it.
+        gpus=list(gpus) or ([gpu] if device != "cpu" and (gpu := idle_gpu()) else []),
         created_at=now_utc(),
         stop_seconds=5.0,
         details={
@@ -152,17 +179,20 @@ def stop_worker(run: RunDirectory) -> None:
 
 def list_models(endpoint: Endpoint, timeout_seconds: float = 5.0) -> list[str]:
     """Names of the models an endpoint serves. Raises JobError `chat.unreachable`, `chat.refused`."""
-    connection, path = _connect(endpoint, timeout_seconds)
+    body = _call(endpoint, "GET", "/v1/models", timeout_seconds)
     try:
-        connection.request("GET", f"{path}/v1/models", headers=_headers(endpoint))
-        response = connection.getresponse()
-        body = response.read()
-    except OSError as error:
-        raise JobError("chat.unreachable", url=endpoint.url, reason=str(error)) from error
-    finally:
-        connection.close()
-    _require_ok(response.status, body, endpoint)
-    return [str(model["id"]) for model in json.loads(body)["data"]]
+        return [str(model["id"]) for model in json.loads(body)["data"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise JobError("chat.no_api", url=endpoint.url) from error
+
+
+def read_prompt(
+    endpoint: Endpoint, messages: Sequence[Mapping[str, str]], timeout_seconds: float = 5.0
+) -> dict[str, Any]:
+    """What our worker makes of `messages` (`PromptEncoder.explain`). Raises as `list_models`, and the worker's own DanluError."""
+    body = json.dumps({"model": endpoint.model, "messages": list(messages)}).encode()
+    value: dict[str, Any] = json.loads(_call(endpoint, "POST", "/prompt", timeout_seconds, body))
+    return value
 
 
 def stream_chat(
@@ -171,7 +201,7 @@ def stream_chat(
     """Pieces of the answer as they come; `reply` is filled in place, so what has come survives a stop.
 
     `settings`: fields of the request (temperature, top_p, max_tokens, …). Raises JobError `chat.unreachable`,
-    `chat.refused`, or the worker's own DanluError.
+    `chat.refused`, `chat.cut_off` if the server ends in the middle, or the worker's own DanluError.
     """
     connection, path = _connect(endpoint, _TIMEOUT_SECONDS)
     reply._connection = connection
@@ -186,6 +216,8 @@ def stream_chat(
             if reply._cancelled.is_set():
                 break
             yield from _take(line, reply, endpoint)
+        if reply.reason is None and not reply._cancelled.is_set():
+            raise JobError("chat.cut_off", model=endpoint.model, url=endpoint.url)
     except (OSError, http.client.HTTPException) as error:
         if not reply._cancelled.is_set():
             raise JobError("chat.unreachable", url=endpoint.url, reason=str(error)) from error
@@ -230,6 +262,20 @@ def stream_together(
         raise errors[0]
 
 
+def _call(endpoint: Endpoint, method: str, place: str, timeout_seconds: float, body: bytes | None = None) -> bytes:
+    connection, path = _connect(endpoint, timeout_seconds)
+    try:
+        connection.request(method, path + place, body, _headers(endpoint))
+        response = connection.getresponse()
+        answer = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise JobError("chat.unreachable", url=endpoint.url, reason=str(error)) from error
+    finally:
+        connection.close()
+    _require_ok(response.status, answer, endpoint)
+    return answer
+
+
 def _take(line: bytes, reply: Reply, endpoint: Endpoint) -> Iterator[str]:
     """One line of server-sent events."""
     if not line.startswith(b"data:"):
@@ -250,11 +296,15 @@ def _take(line: bytes, reply: Reply, endpoint: Endpoint) -> Iterator[str]:
 
 
 def _connect(endpoint: Endpoint, timeout_seconds: float) -> tuple[http.client.HTTPConnection, str]:
-    parts = urlsplit(endpoint.url)
+    try:
+        parts = urlsplit(endpoint.url)
+        port = parts.port
+    except ValueError as error:
+        raise InputError("chat.bad_url", url=endpoint.url) from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError("chat.bad_url", url=endpoint.url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    return kind(parts.hostname, parts.port, timeout=timeout_seconds), parts.path.rstrip("/").removesuffix("/v1")
+    return kind(parts.hostname, port, timeout=timeout_seconds), parts.path.rstrip("/").removesuffix("/v1")
 
 
 def _headers(endpoint: Endpoint) -> dict[str, str]:

@@ -24,13 +24,17 @@ class Projection:
     """One or several linear layers with the same input, as one multiplication."""
 
     weight: torch.Tensor
-    """(out, in)"""
+    """(out, in); packed: in oneDNN's own layout"""
     bias: torch.Tensor | None
     low_rank: LowRank | None
+    is_packed: bool = False
 
     def apply(self, x: torch.Tensor, tuned: torch.Tensor | None) -> torch.Tensor:
         """`tuned` (rows, 1, 1): 1 for rows that want the adapter, 0 for the base model; None: base for all."""
-        y = linear(x, self.weight, self.bias)
+        if self.is_packed:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        else:
+            y = linear(x, self.weight, self.bias)
         if self.low_rank is None or tuned is None:
             return y
         return y + linear(linear(x, self.low_rank.a) * tuned, self.low_rank.b)
@@ -59,15 +63,15 @@ class Decoder:
         """Takes the tensors out of `weights` as it joins them. Raises InputError `chat.missing_tensor`."""
         self.config = config
         self._weights, self._adapter = weights, dict(adapter or {})
-        self._embedding = self._take("model.embed_tokens.weight")
-        self.dtype, self.device = self._embedding.dtype, self._embedding.device
-        self._blocks = [self._block(f"model.layers.{layer}") for layer in range(config.layers)]
-        self._norm = self._take("model.norm.weight")
-        head = self._embedding if config.tied else self._take("lm_head.weight")
-        self._head = Projection(head, None, self._low_rank("", ("lm_head",), (head.shape[0],)))
+        self.embedding = self._take("model.embed_tokens.weight")
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.blocks = [self._block(f"model.layers.{layer}") for layer in range(config.layers)]
+        self.norm = self._take("model.norm.weight")
+        head = self.embedding if config.tied else self._take("lm_head.weight")
+        self.head = _made(head, None, self._low_rank("", ("lm_head",), (head.shape[0],)))
         if self._adapter:
             raise InputError("chat.adapter_mismatch", module=next(iter(self._adapter)))
-        self._cos, self._sin = _rotations(config, self.device)
+        self.angles = _rotations(config, self.device)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def forward(
@@ -76,10 +80,9 @@ class Decoder:
         """Logits (rows, vocabulary) of the last of `tokens` (rows, n), which stand at `positions` (rows, n)."""
         config = self.config
         rows, count = tokens.shape
-        hidden = embedding(tokens, self._embedding)
-        cos = self._cos[positions].unsqueeze(1).to(self.dtype)
-        sin = self._sin[positions].unsqueeze(1).to(self.dtype)
-        for layer, block in enumerate(self._blocks):
+        hidden = embedding(tokens, self.embedding)
+        cos, sin = (table[positions].unsqueeze(1).to(self.dtype) for table in self.angles)
+        for layer, block in enumerate(self.blocks):
             x = rms_norm(hidden, (config.hidden,), block.attention_norm, config.norm_epsilon)
             query, key, value = self._project(block, x, tuned, rows, count)
             attended = cache.extend(layer, _rotate(query, cos, sin), _rotate(key, cos, sin), value)
@@ -87,8 +90,8 @@ class Decoder:
             x = rms_norm(hidden, (config.hidden,), block.mlp_norm, config.norm_epsilon)
             gate, up = block.gate_up.apply(x, tuned).chunk(2, dim=-1)
             hidden = hidden + block.down.apply(silu(gate) * up, tuned)
-        last = rms_norm(hidden[:, -1:], (config.hidden,), self._norm, config.norm_epsilon)
-        return self._head.apply(last, tuned)[:, 0]
+        last = rms_norm(hidden[:, -1:], (config.hidden,), self.norm, config.norm_epsilon)
+        return self.head.apply(last, tuned)[:, 0]
 
     def _project(
         self, block: Block, x: torch.Tensor, tuned: torch.Tensor | None, rows: int, count: int
@@ -118,8 +121,8 @@ class Decoder:
         biases = [self._weights.pop(f"{prefix}.{name}.bias", None) for name in names]
         sizes = tuple(weight.shape[0] for weight in weights)
         held = [bias for bias in biases if bias is not None]
-        return Projection(
-            weights[0] if len(weights) == 1 else torch.cat(weights),
+        return _made(
+            weights[0].contiguous() if len(weights) == 1 else torch.cat(weights),
             torch.cat(held) if len(held) == len(names) else None,
             self._low_rank(f"{prefix}.", names, sizes),
         )
@@ -146,6 +149,22 @@ class Decoder:
         return tensor
 
 
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN multiplies bfloat16 here: then weights are laid out for it once, and are read at half of float32's bytes."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def _made(weight: torch.Tensor, bias: torch.Tensor | None, low_rank: LowRank | None) -> Projection:
+    if not can_pack(weight.dtype, weight.device):
+        return Projection(weight, bias, low_rank)
+    return Projection(torch.ops.mkldnn._reorder_linear_weight(weight, 1), bias, low_rank, is_packed=True)
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (arXiv 2104.09864), halves as in Llama. `sin` has its first half negated already."""
     half = x.shape[-1] // 2
@@ -154,11 +173,22 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 def _rotations(config: DecoderConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and signed sin (max_positions, head_dim) in float32, frequencies as transformers computes them."""
+    frequencies, scale = _frequencies(config)
+    angles = torch.arange(config.max_positions).float()[:, None] * frequencies.float()[None]
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1).to(device), torch.cat((-sin, sin), dim=-1).to(device)
+
+
+def _frequencies(config: DecoderConfig) -> tuple[torch.Tensor, float]:
+    """(head_dim / 2,) radians a position, and a factor on both cos and sin."""
+    scaling = dict(config.rope["rope_scaling"] or {})
+    kind = scaling.pop("type", None) or scaling.get("rope_type", "default")
+    if kind == "default":  # without transformers, whose import takes longer than all else in a small model's start
+        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        return 1.0 / float(config.rope["rope_theta"]) ** exponents, 1.0
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    scaling = dict(config.rope["rope_scaling"] or {})
-    kind = scaling.pop("type", None) or scaling.get("rope_type", "default")
     llama = LlamaConfig(
         hidden_size=config.hidden,
         num_attention_heads=config.heads,
@@ -168,6 +198,4 @@ def _rotations(config: DecoderConfig, device: torch.device) -> tuple[torch.Tenso
         rope_scaling={**scaling, "rope_type": kind} if scaling else None,
     )
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](llama, torch.device("cpu"))
-    angles = torch.arange(config.max_positions).float()[:, None] * frequencies.float()[None]
-    cos, sin = angles.cos() * scale, angles.sin() * scale
-    return torch.cat((cos, cos), dim=-1).to(device), torch.cat((-sin, sin), dim=-1).to(device)
+    return frequencies, float(scale)

@@ -9,32 +9,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
 
 import torch
 
+from core.chat.runners import Runner, Step
 from core.chat.sampling import Sampler, Sampling
-
-_CHUNK_TOKENS: Final = 256
-"""A prompt is read in pieces of this many tokens, so that a stop never waits for a long one."""
-
-
-class Runner(Protocol):
-    """A model with room for some conversations (`core.chat.runners`)."""
-
-    slots: int
-    max_tokens: int
-    """Longest conversation, prompt and answer together."""
-    vocabulary: int
-    device: torch.device
-
-    def read(self, slot: int, tokens: list[int], start: int, *, tuned: bool) -> torch.Tensor:
-        """Put `tokens` at `start` of `slot`; logits (vocabulary,) after the last."""
-        ...
-
-    def step(self, slots: list[int], tokens: list[int], positions: list[int], tuned: list[bool]) -> torch.Tensor:
-        """One new token in each of `slots`; logits (rows, vocabulary)."""
-        ...
 
 
 @dataclass
@@ -66,7 +45,7 @@ class Answer:
         return self._cancelled.is_set()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     """One conversation's place. `held` are the tokens whose keys and values it keeps, and with which weights."""
 
@@ -78,6 +57,19 @@ class _Slot:
     waiting: list[int] = field(default_factory=list)
     """Prompt tokens not yet read."""
     next_token: int = 0
+    """Chosen, and not yet held."""
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.answer is not None and not self.waiting
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A step on its way, and whose answers its tokens belong to: by the time they come an answer may have ended."""
+
+    step: Step
+    rows: list[tuple[_Slot, Answer]]
 
 
 class Engine:
@@ -86,6 +78,7 @@ class Engine:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._slots = [_Slot() for _ in range(runner.slots)]
+        self._started: _Started | None = None
         self._queue: deque[Answer] = deque()
         self._wake = threading.Condition()
         self._is_closed = False
@@ -121,21 +114,38 @@ class Engine:
                 self._advance()
             except (RuntimeError, MemoryError, ValueError, IndexError) as error:
                 self._fail(error)
-        for slot in self._slots:
-            self._end(slot, "cancelled")
+        for number in range(len(self._slots)):
+            self._end(number, "cancelled")
         for answer in self._queue:
             answer.on_end("cancelled")
 
     def _advance(self) -> None:
-        for slot in self._slots:
+        for number, slot in enumerate(self._slots):
             if slot.answer is not None and slot.answer.is_cancelled:
-                self._end(slot, "cancelled")
+                self._end(number, "cancelled")
         for number, slot in enumerate(self._slots):
             if slot.answer is not None and slot.waiting:
                 self._read(number, slot)
-        active = [number for number, slot in enumerate(self._slots) if slot.answer is not None and not slot.waiting]
-        if active:
-            self._step(active)
+        started = self._start_step()
+        if self._runner.runs_ahead:
+            started, self._started = self._started, started
+        if started is not None:
+            self._deliver(started)
+
+    def _start_step(self) -> _Started | None:
+        active = [number for number, slot in enumerate(self._slots) if slot.is_decoding]
+        if not active:
+            return None
+        slots = [self._slots[number] for number in active]
+        return _Started(
+            self._runner.start_step(active), [(slot, slot.answer) for slot in slots if slot.answer is not None]
+        )
+
+    def _deliver(self, started: _Started) -> None:
+        for (slot, answer), token in zip(started.rows, started.step.tokens(), strict=True):
+            if slot.answer is answer:
+                slot.held.append(slot.next_token)
+                self._take(slot, token)
 
     def _admit(self) -> None:
         while True:
@@ -153,60 +163,55 @@ class Engine:
             answer.cached_tokens = kept
             slot.held, slot.waiting = answer.prompt[:kept], answer.prompt[kept:]
             slot.answer, slot.is_tuned = answer, answer.is_tuned
-            slot.sampler = Sampler(answer.sampling, self._runner.vocabulary, answer.prompt, self._runner.device)
+            runner = self._runner
+            slot.sampler = Sampler(answer.sampling, runner.vocabulary, answer.prompt, runner.device, runner.max_tokens)
 
     def _read(self, number: int, slot: _Slot) -> None:
-        chunk, slot.waiting = slot.waiting[:_CHUNK_TOKENS], slot.waiting[_CHUNK_TOKENS:]
+        size = self._runner.chunk_tokens
+        chunk, slot.waiting = slot.waiting[:size], slot.waiting[size:]
         logits = self._runner.read(number, chunk, len(slot.held), tuned=slot.is_tuned)
         slot.held += chunk
-        if not slot.waiting:
-            self._take(slot, logits)
+        sampler = slot.sampler
+        if slot.waiting or sampler is None:
+            return
+        token = sampler.choose(logits)
+        self._take(slot, token)
+        if slot.is_decoding:
+            self._runner.begin(number, token, len(slot.held), tuned=slot.is_tuned, sampler=sampler)
 
-    def _step(self, active: list[int]) -> None:
-        slots = [self._slots[number] for number in active]
-        logits = self._runner.step(
-            active,
-            [slot.next_token for slot in slots],
-            [len(slot.held) for slot in slots],
-            [slot.is_tuned for slot in slots],
-        )
-        greedy = logits.argmax(-1).tolist()
-        for slot, row, best in zip(slots, logits, greedy, strict=True):
-            slot.held.append(slot.next_token)
-            self._take(slot, row, best)
-
-    def _take(self, slot: _Slot, logits: torch.Tensor, best: int | None = None) -> None:
+    def _take(self, slot: _Slot, token: int) -> None:
         """The next token of `slot`'s answer, and whether it is the last."""
-        answer, sampler = slot.answer, slot.sampler
+        answer = slot.answer
         assert answer is not None
-        assert sampler is not None
-        token = best if best is not None and sampler.is_greedy else sampler.choose(logits)
         elapsed = time.perf_counter() - answer.asked_at
         if answer.first_token_seconds is None:
             answer.first_token_seconds = elapsed
         answer.decode_seconds = elapsed - answer.first_token_seconds
         answer.count += 1
         if token in answer.stop_tokens and not answer.sampling.ignore_eos:
-            self._end(slot, "stop")
+            self._end(self._slots.index(slot), "stop")
             return
         slot.next_token = token
         answer.on_token(token)
         longest = answer.sampling.max_tokens
         if (longest is not None and answer.count >= longest) or len(slot.held) + 1 >= self._runner.max_tokens:
-            self._end(slot, "length")
+            self._end(self._slots.index(slot), "length")
 
-    def _end(self, slot: _Slot, reason: str) -> None:
+    def _end(self, number: int, reason: str) -> None:
+        slot = self._slots[number]
         answer, slot.answer, slot.sampler = slot.answer, None, None
+        self._runner.end(number)
         slot.waiting, slot.used_at = [], time.monotonic()
         if answer is not None:
             answer.on_end(reason)
 
     def _fail(self, error: Exception) -> None:
         """A step broke (memory, most often): its answers end with the error, the engine goes on with empty slots."""
-        for slot in self._slots:
+        self._started = None
+        for number, slot in enumerate(self._slots):
             if slot.answer is not None:
                 slot.answer.error = error
-                self._end(slot, "error")
+                self._end(number, "error")
             slot.held = []
         if self._runner.device.type == "cuda":
             torch.cuda.empty_cache()

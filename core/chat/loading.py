@@ -3,7 +3,10 @@
 Says before it starts if memory will not do. Never offloads silently.
 """
 
+import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +15,11 @@ from typing import Any, Final
 import torch
 
 from core.chat.adapter import read_adapter
-from core.chat.decoder import Decoder
-from core.chat.generation import Runner
+from core.chat.cache import slot_bytes
+from core.chat.decoder import Decoder, can_pack
+from core.chat.graphs import GraphRunner
 from core.chat.prompt import PromptEncoder, hidden_tokens, make_encoder
-from core.chat.runners import DecoderRunner, GraphRunner, TransformersRunner
+from core.chat.runners import DecoderRunner, Runner, TransformersRunner
 from core.chat.weights import read_config, read_weights, weight_files
 from core.errors import InputError, MachineError
 from core.files import read_json
@@ -25,6 +29,9 @@ from core.runs.job import Progress
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SLOTS: Final = {"cpu": 4, "cuda": 8}
 _MAX_TOKENS: Final = 8192
+_CACHE_SHARE: Final = 0.6
+"""Of the memory that is free after loading, for keys and values; the rest is for reading prompts and for graphs."""
+_SHORTEST_TOKENS: Final = 512
 _ROOM: Final = 1.05
 """Free memory asked for, as a multiple of the weights."""
 
@@ -42,11 +49,11 @@ class Loaded:
     device: str
     dtype: str
     engine: str
-    """`decoder`, `graphs` or `transformers`."""
+    """`decoder`; on a GPU `kernels`, or `graphs` where our kernels cannot run; `transformers` for other families."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """What to load, checked."""
 
     folder: Path
@@ -68,7 +75,7 @@ def load(details: Mapping[str, Any], progress: Progress) -> Loaded:
         raise InputError("chat.no_model", path=str(folder))
     device = choose_device(details.get("device"))
     total = sum(file.stat().st_size for file in weight_files(folder))
-    source = _Source(
+    source = Source(
         folder=folder,
         adapter=Path(details["adapter"]) if details.get("adapter") else None,
         device=device,
@@ -81,7 +88,7 @@ def load(details: Mapping[str, Any], progress: Progress) -> Loaded:
     progress.update(0, total, message("chat.progress.tokenizer"), unit="bytes")
     tokenizer = load_tokenizer(folder)
     encoder = make_encoder(tokenizer, folder, details.get("prompt_template"))
-    read = _load_transformers if read_config(folder) is None else _load_decoder
+    read = _load_transformers if read_config(folder) is None else load_decoder
     runner, engine = read(source, progress)
     progress.update(total, total, message("chat.progress.ready"), unit="bytes")
     return Loaded(
@@ -107,16 +114,24 @@ def choose_device(wanted: str | None) -> torch.device:
 
 
 def choose_dtype(wanted: str | None, device: torch.device, folder: Path) -> torch.dtype:
-    """What was asked for; else bfloat16 on a GPU that has it, float32 on the CPU (most compute in it fastest)."""
+    """What was asked for; else bfloat16 where the device multiplies it, but float32 on a CPU for weights that are no bfloat16."""
     if wanted not in (None, "", "auto"):
         if wanted not in _DTYPES:
             raise InputError("chat.bad_dtype", dtype=wanted, known=", ".join(_DTYPES))
         return _DTYPES[str(wanted)]
+    held = read_json(folder / "config.json").get("torch_dtype")
     if device.type == "cpu":
-        return torch.float32
-    if read_json(folder / "config.json").get("torch_dtype") == "float16":
+        return torch.bfloat16 if held == "bfloat16" and _multiplies_bfloat16() else torch.float32
+    if held == "float16":
         return torch.float16
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it; without them oneDNN converts, and float32 is faster."""
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    has_instructions = any(getattr(torch.cpu, name)() for name in known if hasattr(torch.cpu, name))
+    return has_instructions and can_pack(torch.bfloat16, torch.device("cpu"))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -129,7 +144,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError("chat.no_tokenizer", path=str(folder), reason=str(error)) from error
 
 
-def _load_decoder(source: _Source, progress: Progress) -> tuple[Runner, str]:
+def load_decoder(source: Source, progress: Progress) -> tuple[Runner, str]:
+    """The runner for a family that our decoder knows, and its engine (see `Loaded.engine`)."""
     folder, device, dtype, total = source.folder, source.device, source.dtype, source.total_bytes
     config = read_config(folder)
     assert config is not None
@@ -147,13 +163,14 @@ def _load_decoder(source: _Source, progress: Progress) -> tuple[Runner, str]:
     decoder = Decoder(config, weights, pairs)
     if device.type == "cuda":
         progress.update(total - 1, total, message("chat.progress.warming"), unit="bytes")
-        graphs = GraphRunner(decoder, source.slots, source.max_tokens, has_adapter=bool(pairs))
-        _warm_up(graphs)
-        return graphs, "graphs"
+        free, _ = torch.cuda.mem_get_info()
+        slots, longest = fit_cache(decoder, source.slots, source.max_tokens, free)
+        graphs = make_graphs(decoder, slots, longest, has_adapter=bool(pairs))
+        return graphs, "kernels" if graphs.is_fused else "graphs"
     return DecoderRunner(decoder, source.slots, source.max_tokens, has_adapter=bool(pairs)), "decoder"
 
 
-def _load_transformers(source: _Source, progress: Progress) -> tuple[Runner, str]:
+def _load_transformers(source: Source, progress: Progress) -> tuple[Runner, str]:
     from transformers import AutoModelForCausalLM
 
     progress.update(0, source.total_bytes, message("chat.progress.weights"), unit="bytes")
@@ -173,10 +190,50 @@ def _load_transformers(source: _Source, progress: Progress) -> tuple[Runner, str
     return TransformersRunner(model, source.slots, min(source.max_tokens, positions)), "transformers"
 
 
-def _warm_up(runner: GraphRunner) -> None:
-    """Capture the first graph before the first question, so that its first token is quick."""
-    runner.read(0, [0] * 8, 0, tuned=True)
-    runner.step([0], [0], [8], [True])
+def fit_cache(decoder: Decoder, slots: int, max_tokens: int, free_bytes: int) -> tuple[int, int]:
+    """(slots, tokens a slot) whose keys and values fit into a share of the free memory: fewer conversations first, then shorter.
+
+    Raises MachineError `chat.not_enough_memory` if not even one short conversation fits.
+    """
+    room = free_bytes * _CACHE_SHARE
+    longest = min(max_tokens, decoder.config.max_positions)
+    while True:
+        size = slot_bytes(decoder.config, longest, decoder.dtype)
+        if size <= room:
+            return min(slots, int(room // size)), longest
+        if longest <= _SHORTEST_TOKENS:
+            gib = {
+                "needed_gib": size / _CACHE_SHARE,
+                "free_gib": free_bytes,
+                "short_gib": size / _CACHE_SHARE - free_bytes,
+            }
+            figures = {name: round(value / 2**30, 1) for name, value in gib.items()}
+            raise MachineError("chat.not_enough_memory", device=_describe(decoder.device), **figures)
+        longest = max(longest // 2, _SHORTEST_TOKENS)
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether Triton is installed and the GPU is one it compiles for."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    has_triton = importlib.util.find_spec("triton") is not None
+    return is_nvidia and has_triton and bool(torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def make_graphs(decoder: Decoder, slots: int, max_tokens: int, *, has_adapter: bool) -> GraphRunner:
+    """The runner for a GPU, its graphs captured: with our kernels, or without if they cannot be compiled here (the log says why)."""
+    if can_fuse(decoder.device):
+        from triton.errors import TritonError
+
+        try:
+            runner = GraphRunner(decoder, slots, max_tokens, has_adapter=has_adapter, is_fused=True)
+            runner.warm_up()
+        except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            print(f"Triton kernels do not run here, torch's own are used: {error}", file=sys.stderr)
+        else:
+            return runner
+    runner = GraphRunner(decoder, slots, max_tokens, has_adapter=has_adapter)
+    runner.warm_up()
+    return runner
 
 
 def _end_tokens(folder: Path) -> list[int]:
@@ -189,7 +246,7 @@ def _end_tokens(folder: Path) -> list[int]:
     return found
 
 
-def _require_memory(source: _Source) -> None:
+def _require_memory(source: Source) -> None:
     held, device = read_json(source.folder / "config.json").get("torch_dtype") or "float16", source.device
     needed = int(source.total_bytes * source.dtype.itemsize / (4 if held == "float32" else 2) * _ROOM)
     if device.type == "cuda":

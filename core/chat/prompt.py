@@ -38,6 +38,27 @@ class PromptEncoder:
             return render_segments(self.template, messages, add_generation_prompt=True, bos=self.bos, eos=self.eos)
         return [_render_own(self.tokenizer, messages)]
 
+    def explain(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """`text` and `tokens` (a count) of the prompt; `own_text` as the tokenizer's own template would have it, and whether that
+        gives the same tokens (`is_same`); None where there is no other template to compare with.
+        """
+        ids = self.encode(messages)
+        explained: dict[str, Any] = {
+            "text": "".join(text for segment in self.segments(messages) for text, _ in segment),
+            "tokens": len(ids),
+            "own_text": None,
+            "is_same": None,
+        }
+        if self.template is None or not getattr(self.tokenizer, "chat_template", None):
+            return explained
+        own = PromptEncoder(self.tokenizer, None)
+        try:
+            own_ids = own.encode(messages)
+        except InputError:
+            return explained  # the tokenizer's template refuses these messages (no system role, for example)
+        own_text = "".join(text for segment in own.segments(messages) for text, _ in segment)
+        return {**explained, "own_text": own_text, "is_same": own_ids == ids}
+
     @property
     def stop_words(self) -> tuple[str, ...]:
         return self.template.STOP_WORDS if self.template else ()

@@ -68,47 +68,56 @@ def _stop_words(value: Any) -> tuple[str, ...]:
 
 
 class Sampler:
-    """Chooses the tokens of one answer. Same seed, settings and logits: same tokens."""
+    """Chooses the tokens of one answer. Same seed, settings and logits: same tokens, on the host or in `sample_rows`."""
 
-    def __init__(self, sampling: Sampling, vocabulary: int, prompt: list[int], device: torch.device) -> None:
-        self._sampling = sampling
-        self._random = torch.Generator(device=device)
+    def __init__(
+        self, sampling: Sampling, vocabulary: int, prompt: list[int], device: torch.device, longest: int
+    ) -> None:
+        """`longest`: most tokens the answer can have."""
+        self.sampling = sampling
+        random = torch.Generator()
         if sampling.seed is None:
-            self._random.seed()
+            random.seed()
         else:
-            self._random.manual_seed(sampling.seed % 2**63)
-        self._seen: torch.Tensor | None = None
+            random.manual_seed(sampling.seed % 2**63)
+        self.points = torch.rand(longest, generator=random)
+        """(longest,) One number in [0, 1) for each token of the answer, so that no other answer changes this one."""
+        self.count = 0
+        """Tokens chosen."""
+        self.seen: torch.Tensor | None = None
+        """(vocabulary,) True for tokens of the prompt and the answer; None: no penalty asks for it."""
         if sampling.repetition_penalty != 1.0:
-            self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(prompt, device=device)] = True
+            self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+            self.seen[torch.tensor(prompt, device=device)] = True
 
     @property
     def is_greedy(self) -> bool:
         """Whether the most probable token is all that is asked for."""
-        return self._sampling.temperature == 0.0 and self._seen is None
+        return self.sampling.temperature == 0.0 and self.seen is None
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def choose(self, logits: torch.Tensor) -> int:
         """The next token for `logits` (vocabulary,)."""
+        self.count += 1
         if self.is_greedy:
             return int(logits.argmax())
         logits = logits.float()
-        if self._seen is not None:
-            penalty = self._sampling.repetition_penalty
-            logits = torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-        token = int(logits.argmax()) if self._sampling.temperature == 0.0 else self._sample(logits)
-        if self._seen is not None:
-            self._seen[token] = True
+        if self.seen is not None:
+            penalty = self.sampling.repetition_penalty
+            logits = torch.where(self.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        token = int(logits.argmax()) if self.sampling.temperature == 0.0 else self._sample(logits)
+        if self.seen is not None:
+            self.seen[token] = True
         return token
 
     def _sample(self, logits: torch.Tensor) -> int:
-        settings = self._sampling
+        settings = self.sampling
         logits = logits / settings.temperature
         count = logits.shape[0]
         if 0 < settings.top_k < count:
             values, tokens = logits.topk(settings.top_k)
             probabilities = values.softmax(-1)
-        elif settings.top_p < 1.0 or settings.min_p > 0.0:
+        else:
             values, tokens = logits.topk(min(_CANDIDATES, count))
             probabilities = (values - logits.logsumexp(-1)).exp()
             enough_mass = float(probabilities.sum()) >= settings.top_p < 1.0
@@ -116,10 +125,8 @@ class Sampler:
             if not (enough_mass or enough_height) and len(values) < count:
                 values, tokens = logits.sort(descending=True)
                 probabilities = values.softmax(-1)
-        else:
-            probabilities, tokens = logits.softmax(-1), torch.arange(count, device=logits.device)
         probabilities = _cut(probabilities, settings)
-        point = torch.rand((), generator=self._random, device=logits.device) * probabilities.sum()
+        point = self.points[self.count - 1].to(logits.device) * probabilities.sum()
         place = int(torch.searchsorted(probabilities.cumsum(-1), point, right=True))
         return int(tokens[min(place, len(tokens) - 1)])
 
@@ -134,3 +141,40 @@ def _cut(probabilities: torch.Tensor, settings: Sampling) -> torch.Tensor:
     if settings.min_p > 0.0:
         probabilities = probabilities * (probabilities >= settings.min_p * probabilities.max())
     return probabilities
+
+
+SETTINGS: Final = 5
+"""Columns of `sample_rows`' settings."""
+
+
+def settings_row(sampling: Sampling) -> list[float]:
+    """temperature, top_p, top_k, min_p, repetition_penalty as `sample_rows` reads them; what is off never cuts."""
+    return [
+        sampling.temperature,
+        sampling.top_p if sampling.top_p < 1.0 else 2.0,
+        float(sampling.top_k or 2**31),
+        sampling.min_p,
+        sampling.repetition_penalty,
+    ]
+
+
+def sample_rows(logits: torch.Tensor, settings: torch.Tensor, seen: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Next tokens (rows,) for logits (rows, vocabulary), without a look at any value on the host: can be captured as a graph.
+
+    settings (rows, SETTINGS), seen (rows, vocabulary) bool, points (rows,) in [0, 1).
+    """
+    temperature, top_p, top_k, min_p, penalty = settings[:, :, None].unbind(1)
+    logits = logits.float()
+    logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    values, tokens = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = (values / temperature.clamp(min=1e-4)).softmax(-1)
+    probabilities = probabilities * (torch.arange(logits.shape[-1], device=logits.device) < top_k)
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = before < top_p
+    kept[:, 0] = True
+    probabilities = probabilities * kept * (probabilities >= min_p * probabilities[:, :1])
+    totals = probabilities.cumsum(-1)
+    place = (totals <= points[:, None] * totals[:, -1:]).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    place = torch.where(temperature == 0.0, 0, place)
+    return tokens.gather(-1, place)[:, 0]

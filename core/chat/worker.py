@@ -1,7 +1,8 @@
 """One model in a process of its own: `python -m core.chat.worker RUN_DIR`. Loads it, serves `core.chat.api` on loopback, ends on request.
 
 Writes `endpoint.json` (where and what it serves) and `api_key` (mode 0600) into the run directory once it can answer.
-It ends on stop.request, on SIGTERM, or after `idle_seconds` without a request; running out of memory ends only it.
+It ends on stop.request, on SIGTERM, after `idle_seconds` without a request, or when it is idle and another run waits for its
+card; running out of memory ends only it.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from core.chat.prompt import added_tokens
 from core.errors import DanluError, MachineError
 from core.files import write_json
 from core.i18n import catalog
+from core.runs.devices import waiting, wanted
 from core.runs.directory import RunDirectory
 from core.runs.job import EXIT_EXPLAINED, EXIT_OK, Progress
 from core.runs.launch import now_utc
@@ -32,6 +34,8 @@ ENDPOINT_FILE: Final = "endpoint.json"
 KEY_FILE: Final = "api_key"
 _LOOK_SECONDS: Final = 0.1
 _IDLE_SECONDS: Final = 1800.0
+_YIELD_SECONDS: Final = 3.0
+"""A card that another run waits for is given back once nobody has asked anything for this long."""
 
 
 def serve(run: RunDirectory) -> None:
@@ -61,9 +65,11 @@ async def _serve(service: Service, run: RunDirectory, listener: socket.socket, i
     # uvicorn ends on SIGTERM by itself, but raises the signal again when it is done: the clean-up must still come.
     signal.signal(signal.SIGTERM, lambda *_: None)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    mine = frozenset(wanted(run.spec()))
     while not serving.done():
-        is_idle = not service.engine.is_busy and time.monotonic() - service.used_at > idle_seconds
-        if run.stop_file.exists() or is_idle:
+        idle = 0.0 if service.engine.is_busy else time.monotonic() - service.used_at
+        is_in_the_way = idle > _YIELD_SECONDS and any(holder.device in mine for holder in waiting())
+        if run.stop_file.exists() or idle > idle_seconds or is_in_the_way:
             service.engine.close()
             server.should_exit = True
             break

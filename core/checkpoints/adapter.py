@@ -1,4 +1,7 @@
-"""Training checkpoint → PEFT adapter folder. Reads the adapter's bytes and nothing else: no model, no base weights, no optimizer moments."""
+"""Training checkpoint → PEFT adapter folder.
+
+Reads the adapter's bytes and nothing else: no model, no base weights, no optimizer moments.
+"""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What lies beside the weights: config, tokenizer, remote code, chat template, model card, danlu.json. Knows no tensors."""
+"""What lies beside the weights: config, tokenizer, remote code, chat template, danlu.json. Knows no tensors."""
 
 import json
 import shutil
@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from core.checkpoints.card import write_card
 from core.checkpoints.tensors import DTYPE_NAMES
-from core.files import read_json, write_json, write_text
+from core.files import read_json, write_json
 from core.xtuner.templates import PromptTemplate
 from core.xtuner.tokens import training_tokens
 
@@ -108,40 +109,6 @@ def describe(
     write_json(folder / DESCRIPTION, value)
     write_card(folder, value)
     return value
-
-
-def write_card(folder: Path, value: Mapping[str, Any]) -> None:
-    """README.md: what this is, what it came from, how it was checked."""
-    base = value.get("base_model") or {}
-    name = Path(str(base.get("path") or "?")).name
-    lines = [
-        "---",
-        "library_name: " + ("peft" if value["kind"] == "adapter" else "transformers"),
-        "tags:",
-        "- danlu",
-        "- xtuner",
-        "---",
-        "",
-    ]
-    lines += [f"# {folder.name.removeprefix('.').removesuffix('.part')}", ""]
-    lines += [
-        f"- Kind: {value['kind']}",
-        f"- Base model: {name}",
-        f"- Run: {value.get('run')}",
-        f"- Checkpoint: {value.get('checkpoint')}",
-    ]
-    lines += [f"- Data type: {value['dtype']}"]
-    if template := value.get("prompt_template"):
-        lines += [
-            "- Prompt template: " + str(template.get("name") or "custom"),
-            "",
-            "```json",
-            json.dumps(template, ensure_ascii=False, indent=2),
-            "```",
-        ]
-    if verified := value.get("verified"):
-        lines += ["", "## Verified", "", *(f"- {key}: {figure}" for key, figure in verified.items())]
-    write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 
 def _text(text: str) -> str:

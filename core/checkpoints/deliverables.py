@@ -13,6 +13,8 @@ from core.checkpoints.companions import DESCRIPTION
 from core.checkpoints.full import export_full
 from core.checkpoints.inspect import CheckpointCard, inspect_checkpoint
 from core.checkpoints.merge import merge_adapter
+from core.checkpoints.planner import check_base
+from core.checkpoints.recipe import read_recipe
 from core.checkpoints.verify import verify_merge
 from core.errors import DanluError
 from core.files import read_json, tree_size_bytes, within
@@ -31,7 +33,7 @@ class Deliverable:
 
     path: Path
     kind: str
-    """`adapter`, `merged` or `full`; `unknown` for a model that Danlu did not make."""
+    """`adapter`, `merged`, `full` or `gguf`; `unknown` for a model that Danlu did not make."""
     run: str | None
     checkpoint: str | None
     dtype: str | None
@@ -100,7 +102,10 @@ def start_delivery(
     merge: bool,
     verify: bool,
 ) -> RunDirectory:
-    """Start `deliver` as a job (kind "merge", or "adapter" without merging). Raises InputError for a checkpoint outside of the project."""
+    """Start `deliver` as a job (kind "merge", or "adapter" without merging).
+
+    Raises InputError for a checkpoint outside of the project.
+    """
     inside = within(checkpoint, project.root)
     arguments = {
         "project": str(project.root),
@@ -132,7 +137,9 @@ def deliver(
     verify: bool = True,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Checkpoint → adapter in huggingface/`name` → merged model in final_model/`name` → verified. A full fine-tune goes to final_model/ at once.
+    """Checkpoint → adapter in huggingface/`name` → merged model in final_model/`name` → verified.
+
+    A full fine-tune goes to final_model/ at once.
 
     An adapter of this checkpoint that is there already is used. Returns {"adapter", "model", "verified"}.
     """
@@ -151,6 +158,7 @@ def deliver(
     if not merge:
         return {"adapter": str(adapter), "model": None, "verified": None}
     base = base_model or read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+    check_base(Path(base), read_recipe(Path(checkpoint), {}))
     merged = merge_adapter(base, [str(adapter)], str(place.final_model / name), progress=progress)
     verified = verify_merge(merged["path"], progress=progress) if verify else None
     return {"adapter": str(adapter), "model": merged["path"], "verified": verified}
@@ -175,7 +183,8 @@ def _is_adapter_of(folder: Path, checkpoint: str, run: str) -> bool:
 
 
 def _holds_model(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()
+    names = ("adapter_config.json", "config.json", "Modelfile")
+    return any((folder / name).is_file() for name in names)
 
 
 def _describe(folder: Path) -> Deliverable:

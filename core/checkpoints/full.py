@@ -110,7 +110,8 @@ def _write(
     types: Mapping[str, str],
     reader: _Reader,
 ) -> int:
-    count, place, size_bytes = len(groups), {}, 0
+    count, size_bytes = len(groups), 0
+    place: dict[str, str] = {}
     for number, (names, size) in enumerate(groups, start=1):
         file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         layout = {name: (types[name], tensors[name].shape) for name in names}

@@ -35,6 +35,8 @@ class CheckpointCard:
     size_bytes: int
     modified_at: float
     """Unix seconds."""
+    lora_rank: int | None = None
+    """r of the adapter's first layer."""
     problem: DanluError | None = None
     """Why it cannot be used; None: complete."""
 
@@ -93,5 +95,13 @@ def _card(path: Path, checkpoint: Checkpoint | None, problem: DanluError | None)
         has_optimizer=bool(checkpoint and checkpoint.has_optimizer),
         size_bytes=size_bytes,
         modified_at=path.stat().st_mtime if exists else 0.0,
+        lora_rank=_lora_rank(checkpoint) if checkpoint else None,
         problem=problem,
     )
+
+
+def _lora_rank(checkpoint: Checkpoint) -> int | None:
+    """Rows of a `lora_A` matrix."""
+    shapes = (tensor.shape for name, tensor in checkpoint.weights.items() if ".lora_A." in name)
+    first = next(shapes, None)
+    return first[0] if first else None

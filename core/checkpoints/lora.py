@@ -21,14 +21,16 @@ from core.errors import InputError
 from core.files import read_json
 
 _PREFIX: Final = "base_model.model."
-_UNSUPPORTED: Final = (
-    "target_parameters",
-    "alora_invocation_tokens",
-    "corda_config",
-    "eva_config",
-    "trainable_token_indices",
-    "use_qalora",
-)
+_UNDERSTOOD: Final = frozenset(
+    (
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_bias", "use_dora",
+        "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
+        "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "runtime_config",
+        "megatron_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "lora_ga_config",
+    )
+)  # fmt: skip
+"""Keys of adapter_config.json whose meaning is known here, or that say only how the training began. Any other one that is set (peft gains
+some with each release) may change the arithmetic, so it is refused."""
 _MUTATING_INITS: Final = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations that change the base weights themselves: the base on disk is not the one that was trained on."""
 _EMBEDDINGS: Final = ("embed_tokens", "tok_embeddings", "wte", "word_embeddings")
@@ -92,8 +94,8 @@ def open_adapter(folder: Path, weight: float = 1.0) -> Adapter:
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise InputError("checkpoints.unsupported_adapter", path=str(folder), feature=str(config.get("peft_type")))
-    for feature in _UNSUPPORTED:
-        if config.get(feature):
+    for feature in sorted(config.keys() - _UNDERSTOOD):
+        if config[feature]:
             raise InputError("checkpoints.unsupported_adapter", path=str(folder), feature=feature)
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_MUTATING_INITS):
@@ -121,7 +123,7 @@ def plan_changes(adapters: Sequence[Adapter], base: Mapping[str, DiskTensor], *,
     for adapter in adapters:
         _add(adapter, names, changes)
     if len(adapters) > 1:
-        _check_combination(adapters, changes)
+        _check_combination(changes)
     for name, change in changes.items():
         for shape in [pair.shape for pair in change.pairs] + [tensor.shape for tensor, _ in change.additions]:
             _require_shape(name, names[name].shape, shape)
@@ -135,22 +137,6 @@ def scale_of(config: Mapping[str, Any], module: str) -> float:
     rank = _pattern(config.get("rank_pattern"), module, config["r"])
     alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def apply_rows(
-    weight: NDArray[np.float32],
-    pairs: Sequence["LoadedPair"],
-    start: int,
-    stop: int,
-    magnitude: NDArray[np.float32] | None,
-) -> NDArray[np.float32]:
-    """Rows `start` to `stop` of a tensor with its updates added, in place. `weight`: these rows in float32."""
-    for pair in pairs:
-        weight += pair.left[start:stop] @ pair.right
-    if magnitude is not None:
-        norm = np.linalg.norm(weight, axis=1)
-        weight *= (magnitude[start:stop] / norm)[:, None]
-    return weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,13 +210,12 @@ def _heads_to_untie(adapters: Sequence[Adapter], base: Mapping[str, DiskTensor])
     return {} if head in base else {head: source}
 
 
-def _check_combination(adapters: Sequence[Adapter], changes: Mapping[str, Change]) -> None:
+def _check_combination(changes: Mapping[str, Change]) -> None:
     for name, change in changes.items():
         if any(pair.magnitude is not None for pair in change.pairs):
             raise InputError("checkpoints.cannot_combine", feature="DoRA", name=name)
         if change.replacement is not None:
             raise InputError("checkpoints.cannot_combine", feature="modules_to_save", name=name)
-    del adapters
 
 
 def _pattern(table: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -44,7 +44,9 @@ class DeliveryPlan:
 def plan_delivery(
     card: CheckpointCard, targets: list[Path], *, base_model: str | None, dtype: str, merge: bool, verify: bool
 ) -> DeliveryPlan:
-    """Figures for delivering `card` into `targets` (adapter or full model, and the merged model). Never raises for bad input: see `problem`.
+    """Figures for delivering `card` into `targets` (adapter or full model, and the merged model).
+
+    Never raises for bad input: see `problem`.
 
     `dtype`: of the adapter or full model, see export_adapter.
     """
@@ -91,7 +93,11 @@ def plan_delivery(
 
 
 def check_base(base: Path, recipe: Recipe) -> None:
-    """Raises InputError if `base` is quantised (`checkpoints.quantized_base`), damaged, or not the one trained on (`checkpoints.other_base`)."""
+    """Raises InputError if `base` is quantised (`checkpoints.quantized_base`), damaged, or not the one trained on
+    (`checkpoints.other_base`),
+    `checkpoints.no_base`."""
+    if local_folder(str(base)) is None:
+        raise InputError("checkpoints.no_base", path=str(base))
     if read_json(base / "config.json").get("quantization_config"):
         raise InputError("checkpoints.quantized_base", path=str(base))
     read_folder(base)

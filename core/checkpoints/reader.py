@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from core.checkpoints.tensors import NUMPY_TYPES, DiskTensor
 from core.errors import InputError
 
 _MAX_PICKLE_BYTES: Final = 1 << 30
+_DAMAGE: Final = (
+    pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError, RuntimeError,
+    ImportError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What damaged bytes can raise in the zip reader and the unpickler: nearly anything."""
 _STORAGES: Final = {
     "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64", "LongStorage": "I64",
     "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
@@ -64,25 +70,42 @@ class InertDict(dict[Any, Any]):
 class _Storage:
     file: Path
     offset: int
+    count: int
     dtype: str
 
 
-@dataclass(frozen=True, slots=True)
-class _StorageType:
-    dtype: str
+class _Sealed:
+    """Stands for a function or class that a pickle may call.
 
-    def __call__(self, *_: Any) -> "_StorageType":
-        return self
+    The BUILD instruction can set attributes of what it gets, so this lets none be set: a hostile file could else change how the next
+    one is read.
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._function(*arguments, **options)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError(f"state for {self._function}")
 
 
-@dataclass(slots=True)
-class _Maker:
+class _StorageType(_Sealed):
+    """A kind of storage; `dtype` is its elements' type."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: str) -> None:
+        super().__init__(lambda *_: self)
+        self.dtype = dtype
+
+
+def _maker(name: str) -> _Sealed:
     """Called in place of a class; `__new__` of protocol 2 (NEWOBJ) needs a real class, see `_inert_class`."""
-
-    name: str
-
-    def __call__(self, *arguments: Any) -> Inert:
-        return Inert(self.name, arguments)
+    return _Sealed(lambda *arguments: Inert(name, arguments))
 
 
 def read_torch_file(path: Path) -> Any:
@@ -92,14 +115,21 @@ def read_torch_file(path: Path) -> Any:
     `checkpoints.unsafe` (the pickle names something that is not on the list), `checkpoints.broken_pickle`.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _open_zip(path) as archive:
             return _load(path, archive)
     except FileNotFoundError as error:
         raise InputError("checkpoints.missing", path=str(path)) from error
-    except zipfile.BadZipFile as error:
-        raise _explain_bad_zip(path) from error
     except OSError as error:
         raise InputError("checkpoints.unreadable", path=str(path), reason=error.strerror or str(error)) from error
+    except _DAMAGE as error:
+        raise InputError("checkpoints.broken_pickle", path=str(path), reason=str(error)) from error
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise _explain_bad_zip(path) from error
 
 
 def _load(path: Path, archive: zipfile.ZipFile) -> Any:
@@ -114,13 +144,7 @@ def _load(path: Path, archive: zipfile.ZipFile) -> Any:
         raise InputError("checkpoints.broken_pickle", path=str(path), reason="data.pkl > 1 GiB")
     offsets = dict(_storage_offsets(path, archive, prefix))
     with archive.open(pickles[0]) as stream:
-        try:
-            return _Unpickler(stream, path, offsets).load()
-        except InputError:
-            raise
-        # A broken pickle can raise nearly anything; each of these means that the file is damaged or not what it says.
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise InputError("checkpoints.broken_pickle", path=str(path), reason=str(error)) from error
+        return _Unpickler(stream, path, offsets).load()
 
 
 def _storage_offsets(path: Path, archive: zipfile.ZipFile, prefix: str) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -152,21 +176,29 @@ class _Unpickler(pickle.Unpickler):
         known = _KNOWN.get(f"{module}.{name}")
         if known is None:
             raise InputError("checkpoints.unsafe", path=str(self._path), name=f"{module}.{name}")
-        return known
+        return Inert(known.name) if isinstance(known, Inert) else known
 
     def persistent_load(self, pid: Any) -> _Storage:
         tag, kind, key, _location, numel = pid
         if tag != "storage" or not isinstance(kind, _StorageType) or str(key) not in self._offsets:
             raise InputError("checkpoints.broken_pickle", path=str(self._path), reason=f"storage {key!r}")
-        del numel
-        start, _ = self._offsets[str(key)]
-        return _Storage(self._path, start, kind.dtype)
+        del numel  # what the file really holds counts
+        start, size = self._offsets[str(key)]
+        return _Storage(self._path, start, size // NUMPY_TYPES[kind.dtype].itemsize, kind.dtype)
 
 
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> DiskTensor:
-    shape = tuple(int(value) for value in size)
-    start = storage.offset + int(offset) * NUMPY_TYPES[storage.dtype].itemsize
-    return DiskTensor(storage.file, storage.dtype, shape, start, tuple(int(value) for value in stride))
+    shape, steps, first = _size(size), _size(stride), int(offset)
+    if len(shape) != len(steps) or min((*shape, *steps, first, 0)) < 0:
+        raise ValueError(f"tensor of shape {shape}, stride {steps}, offset {first}")
+    reach = first + sum((count - 1) * step for count, step in zip(shape, steps, strict=True)) + 1
+    tensor = DiskTensor(
+        storage.file, storage.dtype, shape, storage.offset + first * NUMPY_TYPES[storage.dtype].itemsize, steps
+    )
+    # An expanded tensor (stride 0) could ask for any amount of memory, so it is bound by its storage too.
+    if tensor.numel and (reach > storage.count or tensor.numel > storage.count):
+        raise ValueError(f"tensor of shape {shape}, stride {steps}, offset {first} in a storage of {storage.count}")
+    return tensor
 
 
 def _parameter(data: Any, *_: Any) -> Any:
@@ -176,7 +208,11 @@ def _parameter(data: Any, *_: Any) -> Any:
 def _typed(rebuild: Any, kind: Any, arguments: Any, state: Any = None) -> Any:
     """A tensor that carried attributes (DeepSpeed marks its flat groups so); the attributes are dropped."""
     del kind, state
-    return rebuild(*arguments) if rebuild in (_tensor, _parameter) else Inert("torch.Tensor")
+    return rebuild(*arguments) if rebuild in (_REBUILD_TENSOR, _REBUILD_PARAMETER) else Inert("torch.Tensor")
+
+
+_REBUILD_TENSOR: Final = _Sealed(_tensor)
+_REBUILD_PARAMETER: Final = _Sealed(_parameter)
 
 
 def _size(values: Any = ()) -> tuple[int, ...]:
@@ -222,9 +258,13 @@ def _inert_class(name: str) -> type[Inert]:
     return type(name.rpartition(".")[2], (Inert,), {"__new__": new, "__init__": init, "__slots__": ()})
 
 
+_MADE_EMPTY: Final[tuple[Any, ...]] = (Inert, dict)
+
+
 def _reconstruct(cls: Any, base: Any, state: Any = None) -> Any:
+    """`cls` may only be one of the stand-ins below, or a plain dict."""
     del base, state
-    return cls() if isinstance(cls, type) and issubclass(cls, (Inert, dict)) else Inert(str(cls))
+    return cls() if isinstance(cls, type) and issubclass(cls, _MADE_EMPTY) else Inert(str(cls))
 
 
 def _known() -> dict[str, Callable[..., Any] | Any]:
@@ -233,33 +273,38 @@ def _known() -> dict[str, Callable[..., Any] | Any]:
     known |= {f"torch.storage.{name}": _StorageType(dtype) for name, dtype in _STORAGES.items()}
     known |= {f"torch.{name}": Inert(f"torch.{name}") for name in _DTYPES}
     known |= {
-        "torch._utils._rebuild_tensor_v2": _tensor,
-        "torch._utils._rebuild_tensor": _tensor,
-        "torch._utils._rebuild_parameter": _parameter,
-        "torch._utils._rebuild_parameter_with_state": _parameter,
-        "torch._tensor._rebuild_from_type_v2": _typed,
+        "torch._utils._rebuild_tensor_v2": _REBUILD_TENSOR,
+        "torch._utils._rebuild_tensor": _REBUILD_TENSOR,
+        "torch._utils._rebuild_parameter": _REBUILD_PARAMETER,
+        "torch._utils._rebuild_parameter_with_state": _REBUILD_PARAMETER,
+        "torch._tensor._rebuild_from_type_v2": _Sealed(_typed),
         "torch.Tensor": Inert("torch.Tensor"),
         "torch.nn.parameter.Parameter": Inert("torch.nn.parameter.Parameter"),
-        "torch.Size": _size,
-        "torch.device": _Maker("torch.device"),
-        "torch.serialization._get_layout": _Maker("torch.layout"),
+        "torch.Size": _Sealed(_size),
+        "torch.device": _maker("torch.device"),
+        "torch.serialization._get_layout": _maker("torch.layout"),
         "collections.OrderedDict": OrderedDict,
-        "collections.defaultdict": _defaultdict,
+        "collections.defaultdict": _Sealed(_defaultdict),
         "collections.deque": _inert_class("collections.deque"),
-        "copyreg._reconstructor": _reconstruct,
-        "numpy.dtype": _numpy_dtype,
+        "copyreg._reconstructor": _Sealed(_reconstruct),
+        "numpy.dtype": _Sealed(_numpy_dtype),
         "numpy.ndarray": _inert_class("numpy.ndarray"),
-        "_codecs.encode": _encode,
+        "_codecs.encode": _Sealed(_encode),
         "mmengine.config.config.ConfigDict": InertDict,
     }
     for module in ("builtins", "__builtin__"):
         known |= {f"{module}.{kind.__name__}": kind for kind in (dict, list, tuple, int, float, bool, str, complex)}
-        known |= {f"{module}.set": _set, f"{module}.frozenset": frozenset, f"{module}.object": _inert_class("object")}
-        known[f"{module}.slice"] = _Maker("slice")
+        known |= {f"{module}.long": int, f"{module}.unicode": str}  # protocol 2 keeps Python 2's names
+        known |= {
+            f"{module}.set": _Sealed(_set),
+            f"{module}.frozenset": frozenset,
+            f"{module}.object": _inert_class("object"),
+        }
+        known[f"{module}.slice"] = _maker("slice")
         # HistoryBuffer is pickled with `getattr(HistoryBuffer, "mean")`: the stand-in looks nothing up.
-        known[f"{module}.getattr"] = _Maker("getattr")
+        known[f"{module}.getattr"] = _maker("getattr")
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        known |= {f"{module}._reconstruct": _reconstruct, f"{module}.scalar": _numpy_scalar}
+        known |= {f"{module}._reconstruct": _Sealed(_reconstruct), f"{module}.scalar": _Sealed(_numpy_scalar)}
     for name in _INERT:
         known[name] = _inert_class(name)
     return known

@@ -45,8 +45,8 @@ def read_recipe(checkpoint: Path, meta: Mapping[str, Any]) -> Recipe:
         values = next(
             (parse_config(file.read_text("utf-8", "replace")) for file in _sources(checkpoint.parent)), values
         )
-    model = values.get("model") if isinstance(values.get("model"), dict) else {}
-    llm = model.get("llm") if isinstance(model.get("llm"), dict) else {}
+    model = _dict(values.get("model"))
+    llm = _dict(model.get("llm"))
     lora = model.get("lora") if isinstance(model.get("lora"), dict) else None
     details = _run_details(checkpoint.parent)
     base = details.get("base_model") or {}
@@ -64,6 +64,10 @@ def read_recipe(checkpoint: Path, meta: Mapping[str, Any]) -> Recipe:
         run=checkpoint.parent.name,
         values=values,
     )
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def parse_config(text: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 The source is only read. One rank's file is built in memory at a time; everything else stays memory-mapped. The result is
 an ordinary checkpoint, loaded by DeepSpeed's ordinary path. Counters of the training loop are `core.checkpoints.counters`.
+A plain file holds everything whole: there only the counters change.
 """
 
 import copy
@@ -11,11 +12,12 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from core.checkpoints.counters import check_counters, rescale_counters
-from core.checkpoints.zero_layout import MASTER, Parameter, ZeroFolder, padded
+from core.checkpoints.counters import check_counters, learning_rates, rescale_counters
+from core.checkpoints.zero_layout import MASTER, Parameter, ZeroFolder, load, padded
 from core.errors import InputError
 from core.files import require_absent, require_space, tree_size_bytes
 from core.messages import message
@@ -79,8 +81,11 @@ def reshape(
     progress: Progress,
     stage: int | None = None,
     accumulative_counts: int | None = None,
+    stretch: Fraction = Fraction(1),
 ) -> dict[str, Any]:
     """Write `source` for `world_size` ranks to the new folder `target` and compare every master and moment. A job function.
+
+    `stretch`: see `core.checkpoints.counters.rescale_counters`.
 
     Returns the plan with `tensors_verified` and `digest`. Raises InputError (not covered), ConflictError (target exists),
     MachineError (no space). A failed or cancelled reshape leaves nothing at `target`.
@@ -95,7 +100,7 @@ def reshape(
     partial.mkdir(parents=True)
     try:
         folder = ZeroFolder(source_path)
-        writer = _Writer(folder, partial, world_size, plan.to_stage)
+        writer = _Writer(folder, partial, world_size, plan.to_stage, stretch)
         for done in writer.write():
             progress.update(done, world_size + 1, message("reshape.writing", rank=done, ranks=world_size))
         digest, count = _verify(folder, ZeroFolder(partial))
@@ -106,6 +111,43 @@ def reshape(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {**asdict(plan), "target": target, "tensors_verified": count, "digest": digest}
+
+
+def rescale_file(
+    source: Path, target: Path, old: int, new: int, *, stretch: Fraction = Fraction(1), progress: Progress
+) -> None:
+    """Write the plain checkpoint `source` of `old` ranks for `new` ranks to the new file `target`: other counters, same tensors.
+
+    Raises InputError (not readable, an unknown schedule), ConflictError (target exists), MachineError (no space).
+    """
+    import torch
+
+    require_absent(target)
+    require_space(target.parent, source.stat().st_size)
+    states = dict(load(source))
+    rates = _carry_counters(states, old, new, stretch)
+    if rates:
+        groups = states["optimizer"]["param_groups"]
+        changed = [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)]
+        states["optimizer"] = {**states["optimizer"], "param_groups": changed}
+    progress.update(0, 1, message("reshape.writing", rank=1, ranks=1))
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        torch.save(states, partial)
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _carry_counters(states: dict[str, Any], old: int, new: int, stretch: Fraction) -> list[float] | None:
+    """Carry the counters over in place; the optimizer's learning rates there, None if they stay. Raises InputError."""
+    rescale_counters(states, old, new, stretch)
+    if old == new and stretch == 1:
+        return None
+    rates = learning_rates(states)
+    if stretch != 1 and rates is None and states.get("param_schedulers"):
+        raise InputError("reshape.unknown_schedule")
+    return rates
 
 
 def _verify(before: ZeroFolder, after: ZeroFolder) -> tuple[str, int]:
@@ -129,12 +171,13 @@ def _verify(before: ZeroFolder, after: ZeroFolder) -> tuple[str, int]:
 class _Writer:
     """Writes the files of all new ranks, one rank at a time."""
 
-    def __init__(self, source: ZeroFolder, target: Path, world_size: int, stage: int) -> None:
-        self.source, self.target, self.world_size, self.stage = source, target, world_size, stage
+    def __init__(self, source: ZeroFolder, target: Path, world_size: int, stage: int, stretch: Fraction) -> None:
+        self.source, self.target, self.world_size, self.stage, self.stretch = source, target, world_size, stage, stretch
         self.groups = [
             [parameter for parameter in source.parameters if parameter.group == group]
             for group in range(len(source.parameter_groups))
         ]
+        self._rates = _carry_counters(dict(source.model_states), source.world_size, world_size, stretch)
         first = source.optimizer_files[0].name
         self.prefix = first.split("zero_pp_rank_")[0]
 
@@ -267,7 +310,10 @@ class _Writer:
 
     def _parameter_groups(self, flats: list[list[int]]) -> list[dict[str, Any]]:
         groups = copy.deepcopy(self.source.parameter_groups)
-        return [{**group, "params": flats[index]} for index, group in enumerate(groups)]
+        rates: list[Any] = self._rates or [group.get("lr") for group in groups]
+        return [
+            {**group, "lr": rate, "params": flats[i]} for i, (group, rate) in enumerate(zip(groups, rates, strict=True))
+        ]
 
     def _write_model_states(self, sub_groups: list[list[Parameter]]) -> None:
         import torch
@@ -276,7 +322,7 @@ class _Writer:
         states["dp_world_size"], states["ds_config"] = self.world_size, self._config()
         layout = sub_groups if self.stage == 3 else self.groups
         states["param_shapes"] = [OrderedDict((p.name, torch.Size(p.shape)) for p in members) for members in layout]
-        rescale_counters(states, self.source.world_size, self.world_size)
+        rescale_counters(states, self.source.world_size, self.world_size, self.stretch)
         frozen = self._frozen()
         if self.stage != 3:
             states["module"] = self._whole_module(frozen)
@@ -295,8 +341,6 @@ class _Writer:
     def _frozen(self) -> "OrderedDict[str, torch.Tensor]":
         """Frozen weights stored in the source, whole: fragments in ZeRO-3, inside `module` in ZeRO-1/2."""
         import torch
-
-        from core.checkpoints.zero_layout import load
 
         trained = {parameter.name for parameter in self.source.parameters}
         states = self.source.model_states
@@ -357,7 +401,5 @@ def _share_of(value: "torch.Tensor", rank: int, world_size: int) -> "torch.Tenso
 
 
 def _load_outer(source: ZeroFolder) -> dict[str, Any]:
-    from core.checkpoints.zero_layout import load
-
     outer: dict[str, Any] = load(source.optimizer_files[0])
     return outer

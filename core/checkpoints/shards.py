@@ -138,7 +138,7 @@ def write_shard(
     with open(file, "wb", buffering=0) as stream:
         written = _write_all(stream, memoryview(make_header(tensors, metadata)))
         for value in values:
-            written += _write_all(stream, memoryview(value.reshape(-1).view("u1")) if value.size else memoryview(b""))
+            written += _write_all(stream, value.reshape(-1).view("u1").data if value.size else memoryview(b""))
         os.fsync(stream.fileno())
     return written
 

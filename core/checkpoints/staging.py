@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from core.errors import ConflictError, DanluError, MachineError
 from core.files import read_json, require_absent, write_json
+from core.runs.processes import ProcessIdentity, identify
 
 _PLAN: Final = ".plan.json"
 
@@ -37,11 +38,11 @@ def stage(target: Path, plan: Any) -> Iterator[Path]:
         with writing(target):
             yield part
             (part / _PLAN).unlink()
-            _sync_folder(part)
+            _sync_tree(part)
             if target.is_dir():
                 target.rmdir()
             part.rename(target)
-            _sync_folder(target.parent)
+            _sync(target.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -67,28 +68,34 @@ def _claim(part: Path, plan: Any) -> None:
             left = read_json(part / _PLAN)
         except DanluError:
             left = {}
-        if _is_alive(left.get("pid")):
+        if _is_another(left.get("process")):
             raise ConflictError("checkpoints.being_written", path=str(part))
         if left.get("plan") != plan:
             shutil.rmtree(part)
     part.mkdir(exist_ok=True)
-    write_json(part / _PLAN, {"pid": os.getpid(), "plan": plan})
+    own = identify(os.getpid())
+    write_json(part / _PLAN, {"process": own.to_json() if own else None, "plan": plan})
 
 
-def _is_alive(pid: Any) -> bool:
-    if not isinstance(pid, int) or pid == os.getpid():
-        return False
+def _is_another(recorded: Any) -> bool:
+    """Whether a living process other than this one is writing."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        process = ProcessIdentity.from_json(recorded)
+    except (KeyError, TypeError, ValueError):
         return False
-    except PermissionError:
-        return True
-    return True
+    return process.pid != os.getpid() and process.is_alive()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync_tree(folder: Path) -> None:
+    """Bring every file to the disk before the folder gets its name: after a power cut there is no whole-looking folder with empty files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

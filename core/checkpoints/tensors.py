@@ -94,7 +94,7 @@ def narrow(values: NDArray[np.float32], dtype: str) -> Array:
         with np.errstate(over="ignore"):
             return values.astype(NUMPY_TYPES[dtype], copy=False)
     bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16).reshape(values.shape)
     is_nan = np.isnan(values)
     if is_nan.any():
         rounded[is_nan] = 0x7FC0
@@ -115,16 +115,21 @@ def is_finite(values: Array, dtype: str) -> bool:
     return dtype not in ("F16", "F32", "F64") or bool(np.isfinite(values).all())
 
 
+def read_into(handle: int, values: Array, offset: int, file: Path) -> None:
+    """Fill `values` from `offset` on of the open `file`. Raises InputError `checkpoints.truncated`."""
+    view = values.view(np.uint8).data if values.size else memoryview(b"")
+    done = 0
+    while done < len(view):
+        got = os.preadv(handle, [view[done : done + 2**30]], offset + done)
+        if got == 0:
+            raise InputError("checkpoints.truncated", path=str(file), size=file.stat().st_size)
+        done += got
+
+
 def _read_at(file: Path, offset: int, count: int, kind: np.dtype[Any]) -> Array:
     values: Array = np.empty(count, dtype=kind)
-    view = memoryview(values.view(np.uint8)) if count else memoryview(b"")
-    done = 0
     with open(file, "rb", buffering=0) as stream:
-        while done < len(view):
-            got = os.preadv(stream.fileno(), [view[done : done + 2**30]], offset + done)
-            if got == 0:
-                raise InputError("checkpoints.truncated", path=str(file), size=file.stat().st_size)
-            done += got
+        read_into(stream.fileno(), values, offset, file)
     return values
 
 

@@ -82,9 +82,20 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Raises InputError: `checkpoints.missing`, `checkpoints.no_weights`, `checkpoints.cut` and those of read_torch_file."""
+    """Raises InputError: `checkpoints.missing`, `checkpoints.no_weights`, `checkpoints.cut`, `checkpoints.mixed_files`, and those of
+    read_torch_file."""
     if path.is_dir():
-        return _open_folder(path)
+        try:
+            return _open_folder(path)
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:  # files of different trainings, or of other tools
+            raise InputError(
+                "checkpoints.mixed_files", path=str(path), reason=f"{type(error).__name__}: {error}"
+            ) from error
     content = read_torch_file(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not any(isinstance(value, DiskTensor) for value in state.values()):
@@ -175,6 +186,8 @@ def _masters12(zero: list[Any], shapes: list[Mapping[str, Any]]) -> dict[str, Re
         offset = 0
         for name, shape in group.items():
             end = offset + math.prod(shape)
+            if end > starts[-1]:
+                raise ValueError(f"{name} ends at {end} of {starts[-1]}")
             pieces = tuple(
                 (part, max(offset, start) - start, min(end, start + part.numel) - start)
                 for part, start in zip(parts, starts, strict=False)
@@ -196,6 +209,8 @@ def _masters3(zero: list[Any], shapes: list[Mapping[str, Any]]) -> dict[str, Rea
         if offset >= sub_groups[number].numel:
             number, offset = number + 1, 0
         pieces = tuple((rank["fp32_flat_groups"][number], offset, offset + part) for rank in zero)
+        if any(offset + part > flat.numel for flat, _, _ in pieces):
+            raise ValueError(f"{name} ends at {offset + part} of {sub_groups[number].numel}")
         found[name] = PiecedTensor("F32", shape, pieces)
         offset += part
     return found

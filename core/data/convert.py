@@ -82,7 +82,7 @@ def convert(
         raise InputError("data.unknown_format", path=str(source_path), names=", ".join(detection.names[:8]) or "—")
     require_space(project.data, 2 * source.size_bytes)
     kept = {code for code in keep if CODES[code][0] is not Severity.ERROR}
-    walker = _Walker(detection, kept, progress, writes_loss=_says_loss(source))
+    walker = _Walker(detection, kept, progress, writes_loss=says_loss(source))
     stem = Path(name).stem if name else source_path.stem
     target = within(project.data / f"{stem}.jsonl", project.data)
     (project.private / "data").mkdir(parents=True, exist_ok=True)
@@ -196,14 +196,14 @@ class _Walker:
             return None
         self._seen.add(digest)
         self.fixed.update({code for code, _ in parsed.problems if CODES[code][1] is Remedy.FIX})
-        return _with_all_loss_keys(row) if self._writes_loss else row
+        return with_all_loss_keys(row) if self._writes_loss else row
 
     def _drop(self, line: int, code: str, params: dict[str, Any]) -> None:
         self.dropped[code] += 1
         self.on_drop(line, code, params)
 
 
-def _with_all_loss_keys(row: dict[str, Any]) -> dict[str, Any]:
+def with_all_loss_keys(row: dict[str, Any]) -> dict[str, Any]:
     """Where one message of a file says `loss`, every one has to: readers of JSON fill gaps with null, which XTuner takes for false."""
     if "messages" not in row:
         return row
@@ -216,7 +216,7 @@ def _write_line(stream: IO[str], value: dict[str, Any]) -> None:
     stream.write(json.dumps(value) + "\n")
 
 
-def _says_loss(source: Source) -> bool:
+def says_loss(source: Source) -> bool:
     """True if the word stands anywhere in the file."""
     if source.layout is Layout.PARQUET:
         return any("loss" in json.dumps(row, default=str) for row in sample_rows(source))

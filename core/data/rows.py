@@ -57,7 +57,10 @@ class _Reject(Exception):
 
 
 def is_plainly_good(row: Any) -> bool:
-    """A quick test for the usual clean `messages` row: system?, then user and assistant in turn, all with text. False says nothing."""
+    """A quick test for the usual clean `messages` row: system?, then user and assistant in turn, all with plain text.
+
+    False says nothing: the row then needs the closer look of `parse_row`.
+    """
     turns = row.get("messages") if type(row) is dict else None
     if type(turns) is not list or len(turns) < 2:
         return False
@@ -67,6 +70,8 @@ def is_plainly_good(row: Any) -> bool:
             return False
         role, content = turn.get("role"), turn.get("content")
         if type(content) is not str or not content or content.isspace():
+            return False
+        if "<" in content or "[" in content or "\ufffd" in content:  # Perhaps a template's mark, or damaged text.
             return False
         if role == expected:
             expected = "assistant" if role == "user" else "user"

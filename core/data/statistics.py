@@ -23,6 +23,7 @@ from core.xtuner.templates import PromptTemplate
 
 _BATCH_ROWS: Final = 512
 _HISTOGRAM_BINS: Final = 40
+_LENGTHS_VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,15 @@ class Lengths:
 
     tokens: npt.NDArray[np.int32]
     first_learned: npt.NDArray[np.int32]
+    lines: npt.NDArray[np.int32]
+    """Where each row stands in the file."""
     unusable_rows: int
     """Rows that could not be rendered."""
+
+    def dropped_lines(self, max_length: int) -> list[int]:
+        """Lines of the rows of which nothing learned is left within `max_length`: their prompt alone is as long."""
+        is_kept = self.first_learned < np.minimum(self.tokens, max_length)
+        return [int(line) for line in self.lines[~is_kept]]
 
     def summary(self, max_length: int, *, packs: bool = True, num_proc: int | None = None) -> "LengthSummary":
         """What training with this `max_length` makes of the rows."""
@@ -89,6 +97,7 @@ def lengths_file(project: Project, data_path: Path, model_folder: Path, template
     """Where the lengths are kept. The name changes with data, tokenizer, template."""
     tokenizer = tokenizer_file(project, model_folder)
     known = [
+        _LENGTHS_VERSION,
         _mark(data_path),
         str(model_folder),
         _mark(tokenizer) if tokenizer else "",
@@ -106,7 +115,7 @@ def load_lengths(
     if not file.is_file():
         return None
     with np.load(file) as stored:
-        return Lengths(stored["tokens"], stored["first_learned"], int(stored["unusable_rows"]))
+        return Lengths(stored["tokens"], stored["first_learned"], stored["lines"], int(stored["unusable_rows"]))
 
 
 def measure(
@@ -129,7 +138,13 @@ def measure(
     file = lengths_file(project, data_path, model_folder, template)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.new.npz")
-    np.savez(temporary, tokens=lengths.tokens, first_learned=lengths.first_learned, unusable_rows=lengths.unusable_rows)
+    np.savez(
+        temporary,
+        tokens=lengths.tokens,
+        first_learned=lengths.first_learned,
+        lines=lengths.lines,
+        unusable_rows=lengths.unusable_rows,
+    )
     temporary.replace(file)
     return lengths
 
@@ -161,24 +176,30 @@ def _measure(
 ) -> Lengths:
     tokens: list[npt.NDArray[np.int32]] = []
     firsts: list[npt.NDArray[np.int32]] = []
+    lines: list[npt.NDArray[np.int32]] = []
     unusable = done = 0
     for batch in _batches(data_path):
-        measured = measure_rows(batch, detection.format, detection.columns, template, tokenizer)
+        values = [row.value for row in batch]
+        measured = measure_rows(values, detection.format, detection.columns, template, tokenizer)
         good = [length for length in measured if length is not None]
         unusable += len(measured) - len(good)
         tokens.append(np.array([length.tokens for length in good], dtype=np.int32))
         firsts.append(np.array([length.first_learned for length in good], dtype=np.int32))
+        used = [row.line for row, length in zip(batch, measured, strict=True) if length is not None]
+        lines.append(np.array(used, dtype=np.int32))
         done += len(batch)
         progress.update(done, None, message("data.progress.measure"), unit="rows")
     empty = np.zeros(0, dtype=np.int32)
-    return Lengths(np.concatenate([empty, *tokens]), np.concatenate([empty, *firsts]), unusable)
+    return Lengths(
+        np.concatenate([empty, *tokens]), np.concatenate([empty, *firsts]), np.concatenate([empty, *lines]), unusable
+    )
 
 
-def _batches(data_path: Path) -> Iterator[list[Any]]:
-    batch: list[Any] = []
+def _batches(data_path: Path) -> Iterator[list[Row]]:
+    batch: list[Row] = []
     for item in read_rows(sniff(data_path)):
         if isinstance(item, Row):
-            batch.append(item.value)
+            batch.append(item)
         if len(batch) >= _BATCH_ROWS:
             yield batch
             batch = []

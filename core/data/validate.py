@@ -8,13 +8,15 @@ import json
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from core.data.findings import CODES, Finding, Findings, Remedy, Report, Severity
 from core.data.formats import Columns, Detection, Format, detect
@@ -27,8 +29,6 @@ PART_BYTES: Final = 16 * 2**20
 _PARALLEL_FROM_BYTES: Final = 32 * 2**20
 _EXCERPT: Final = 120
 _REPORT_EVERY_ROWS: Final = 2000
-_SUSPICIOUS: Final = (b"\\u", b"\xef\xbf\xbd", b"<", b"[INST", b"[/INST")
-"""Bytes without which a line holds no odd character and no template mark."""
 
 
 @dataclass(slots=True)
@@ -61,10 +61,12 @@ def validate(
     source = sniff(path)
     detected = detection or detect(sample_rows(source))
     total = _Part()
-    if source.size_bytes > 0 and detected.format is not Format.UNKNOWN:
-        total = _check(source, detected, progress, workers or os.cpu_count() or 1)
-    elif source.size_bytes > 0:
-        total = _check_part(source, detected, 0, None, progress)
+    with ThreadPoolExecutor(1) as pool:  # Hashing leaves the interpreter alone, so it goes on beside the check.
+        sha256 = pool.submit(file_sha256, path)
+        if source.size_bytes > 0 and detected.format is not Format.UNKNOWN:
+            total = _check(source, detected, progress, workers or os.cpu_count() or 1)
+        elif source.size_bytes > 0:
+            total = _check_part(source, detected, 0, None, progress)
     _add_file_findings(source, detected, total)
     return Report(
         detection=detected,
@@ -72,7 +74,7 @@ def validate(
         good_rows=max(0, total.good_rows),
         findings=total.findings.ordered(),
         size_bytes=source.size_bytes,
-        sha256=file_sha256(path),
+        sha256=sha256.result(),
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -144,31 +146,40 @@ def _check_part(source: Source, detection: Detection, start: int, end: int | Non
         part.rows += 1
         raw = item.raw
         if raw is not None:
-            part.hashes.append(int.from_bytes(hashlib.blake2b(raw.strip(), digest_size=8).digest()))
+            part.hashes.append(xxh3_64_intdigest(raw.strip()))
         else:
             part.hashes.append(_value_hash(item.value))
         part.hash_lines.append(item.line)
-        if is_messages and raw is not None and is_plainly_good(item.value) and _is_plain_line(raw):
+        if is_messages and raw is not None and is_plainly_good(item.value) and _is_plain_line(raw, item.value):
             part.good_rows += 1
             part.without_loss += 1
         elif detection.format is Format.UNKNOWN:
             if not isinstance(item.value, dict):
                 part.findings.add("not_an_object", item.line, {}, _excerpt(item.value))
         else:
-            _check_row(item, detection, part)
+            _check_row(item, detection, source.encoding, part)
         if part.rows % _REPORT_EVERY_ROWS == 0:
             progress.update(part.rows, None, message("data.progress.check"), unit="rows")
     return part
 
 
-def _is_plain_line(raw: bytes) -> bool:
-    """True if no character of the line needs a closer look and no key stands twice."""
-    return raw.count(b'"messages"') == 1 and not any(mark in raw for mark in _SUSPICIOUS)
+def _is_plain_line(raw: bytes, row: dict[str, Any]) -> bool:
+    """True if the line of a plainly good row holds no escaped character (perhaps NUL or half a pair) and no key twice."""
+    if b"\\" in raw and b"\\u" in raw:  # One byte is looked for much faster than two.
+        return False
+    turns = len(row["messages"])
+    if raw.count(b'"role"') != turns or raw.count(b'"content"') != turns:
+        return False
+    return all(
+        raw.count(b'"' + key.encode("utf-8", "replace") + b'"') == 1
+        and (key == "messages" or not isinstance(value, dict | list))
+        for key, value in row.items()
+    )
 
 
-def _check_row(item: Row, detection: Detection, part: _Part) -> None:
+def _check_row(item: Row, detection: Detection, encoding: str, part: _Part) -> None:
     parsed = parse_row(item.value, detection.format, detection.columns)
-    if item.raw is not None and (repeated := _repeated_key(item)):
+    if item.raw is not None and (repeated := _repeated_key(item, encoding)):
         parsed.problems.append(("repeated_key", {"key": repeated}))
     for code, params in dict(reversed(parsed.problems)).items():
         part.findings.add(code, item.line, params, _excerpt(item.value))
@@ -180,11 +191,9 @@ def _check_row(item: Row, detection: Detection, part: _Part) -> None:
         part.without_loss += marked < len(answered)
 
 
-def _repeated_key(item: Row) -> str | None:
-    """A key that the object of the line has twice: JSON readers keep the last, pyarrow (and so training) refuses the file."""
-    if item.raw is None or not isinstance(item.value, dict):
-        return None
-    if not any(item.raw.count(b'"' + str(key).encode("utf-8", "replace") + b'"') > 1 for key in item.value):
+def _repeated_key(item: Row, encoding: str) -> str | None:
+    """A key that an object of the line has twice: JSON readers keep the last, pyarrow (and so training) refuses the file."""
+    if item.raw is None or not isinstance(item.value, dict) or not _may_repeat(item.raw, item.value, encoding):
         return None
     found: list[str] = []
 
@@ -193,8 +202,25 @@ def _repeated_key(item: Row) -> str | None:
         found.extend(key for key in dict.fromkeys(keys) if keys.count(key) > 1)
         return dict(pairs)
 
-    json.loads(item.raw, object_pairs_hook=look)
+    json.loads(item.raw.decode(encoding).strip(), object_pairs_hook=look)
     return found[0] if found else None
+
+
+def _may_repeat(raw: bytes, row: dict[str, Any], encoding: str) -> bool:
+    """False only if no key stands in the line more often than in what was read of it."""
+    expected: Counter[str] = Counter()
+    waiting: list[Any] = [row]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            expected.update(value.keys())
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    is_plain = b"\\u" not in raw and not any('"' in key or "\\" in key or not key.isprintable() for key in expected)
+    return not is_plain or any(
+        raw.count(b'"' + key.encode(encoding, "replace") + b'"') > count for key, count in expected.items()
+    )
 
 
 def _add_duplicates(total: _Part, parts: list[tuple[_Part, int]]) -> None:

@@ -87,7 +87,11 @@ def _python(facts: Mapping[str, Any], *, legacy: bool) -> Line:
         colour, key = (Status.GREEN, "ok") if found < Version("3.11") else (Status.RED, "legacy_needs_310")
     else:
         colour, key = (
-            (Status.GREEN, "ok") if Version("3.10") <= found < Version("3.13") else (Status.RED, "out_of_range")
+            (Status.GREEN, "ok")
+            if Version("3.11") <= found < Version("3.13")
+            else (Status.AMBER, "no_hooks")
+            if Version("3.10") <= found < Version("3.11")
+            else (Status.RED, "out_of_range")
         )
     return Line(
         "python", "Python", colour, message(f"environment.python.{key}", version=version, executable=executable)

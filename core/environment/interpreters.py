@@ -2,18 +2,25 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
+from core.environment.checks import is_legacy_xtuner
+from core.environment.known_good import normalise
 from core.errors import InputError
 from core.files import read_json, write_json
 from core.project import Project
 
 _FILE: Final = "environment.json"
+_OLDEST_MINOR: Final = 11
+"""Of Python 3: what the app's code in the trainer needs (tomllib, StrEnum)."""
 _CONDA_PLACES: Final = (
     "/opt/conda",
+    "/root/share",
+    "/share",
     "/root/.conda",
     "/usr/local/miniconda3",
     "~/.conda",
@@ -22,6 +29,7 @@ _CONDA_PLACES: Final = (
     "~/miniforge3",
     "~/mambaforge",
 )
+"""Where conda and its variants install themselves; `/root/share` and `/share` are InternStudio's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +95,28 @@ def choose_python(project: Project, python: Path) -> None:
 
 def xtuner_version(python: Path) -> str | None:
     """Version of the XTuner installed beside `python`, read from the name of its dist-info folder."""
-    for site in python.parents[1].glob("lib/python*/site-packages"):
-        for record in sorted(site.glob("xtuner-*.dist-info")):
-            return record.name.removeprefix("xtuner-").removesuffix(".dist-info")
-    return None
+    return installed_versions(python, "xtuner-*").get("xtuner")
+
+
+def installed_versions(python: Path, pattern: str = "*") -> dict[str, str]:
+    """Version of each package installed beside `python`, by normalised name, from the names of its dist-info folders."""
+    found: dict[str, str] = {}
+    for record in sorted(python.parents[1].glob(f"lib/python*/site-packages/{pattern}.dist-info")):
+        name, _, version = record.name.removesuffix(".dist-info").partition("-")
+        found.setdefault(normalise(name), version)
+    return found
+
+
+def python_version(python: Path) -> str | None:
+    """`3.10`, from the name of the library folder beside `python`; None where it cannot be told."""
+    folders = sorted(python.parents[1].glob("lib/python3.*/site-packages"))
+    return folders[0].parent.name.removeprefix("python") if len(folders) == 1 else None
+
+
+def is_legacy(python: Path) -> bool:
+    """Whether `python` trains without the app's own code in the trainer: XTuner 0.1.x, or a Python older than 3.11."""
+    minor = (python_version(python) or "").partition(".")[2]
+    return is_legacy_xtuner(xtuner_version(python)) or (minor.isdecimal() and int(minor) < _OLDEST_MINOR)
 
 
 def is_executable(python: Path) -> bool:
@@ -109,6 +135,12 @@ def _conda_folders(environ: Mapping[str, str]) -> Iterator[Path]:
     """What `conda env list` shows: the file of environments it keeps, and the `envs` of the usual places."""
     if prefix := environ.get("CONDA_PREFIX"):
         yield Path(prefix)
+    given = environ.get("CONDA_ENVS_PATH") or environ.get("CONDA_ENVS_DIRS") or ""
+    parents = [Path(part).expanduser() for part in given.split(os.pathsep) if part]
+    if program := environ.get("CONDA_EXE"):
+        parents.append(Path(program).parents[1] / "envs")
+    for parent in parents:
+        yield from _conda_below(parent.glob("*"))
     known = Path("~/.conda/environments.txt").expanduser()
     if known.is_file():
         yield from (
@@ -118,7 +150,12 @@ def _conda_folders(environ: Mapping[str, str]) -> Iterator[Path]:
         )
     for place in _CONDA_PLACES:
         base = Path(place).expanduser()
-        try:
-            yield from [folder for folder in (base, *sorted(base.glob("envs/*"))) if (folder / "conda-meta").is_dir()]
-        except OSError:
-            continue
+        yield from _conda_below(chain([base], base.glob("envs/*"), base.glob("conda_envs/*"), base.glob("pre_envs/*")))
+
+
+def _conda_below(folders: Iterable[Path]) -> list[Path]:
+    """Those of `folders` that conda made, by name; none where they cannot be read."""
+    try:
+        return sorted(folder for folder in folders if (folder / "conda-meta").is_dir())
+    except OSError:
+        return []

@@ -172,18 +172,17 @@ def _run_pip(command: "list[str]") -> None:
         if name not in ("PYTHONPATH", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
     }
     tail = [""]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-    )
-    try:
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            tail = [*tail, line.rstrip()][-_TAIL_LINES:]
-        code = process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                tail = [*tail, line.rstrip()][-_TAIL_LINES:]
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
     if code == 0:
         return
     text = "\n".join(tail)

@@ -50,8 +50,9 @@ class CachedEnvironment:
         return bool(self.links) or self.is_running_us
 
 
-def cache_folder(environ: "Mapping[str, str]" = os.environ) -> Path:
+def cache_folder(environ: "Mapping[str, str] | None" = None) -> Path:
     """`$DANLU_CACHE`, else `$XDG_CACHE_HOME/danlu`, else `~/.cache/danlu`."""
+    environ = os.environ if environ is None else environ
     if own := environ.get("DANLU_CACHE"):
         return Path(own).expanduser().absolute()
     base = environ.get("XDG_CACHE_HOME")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.runs.devices import holders
 from core.xtuner.command import free_port, training_argv, training_env
 
 
@@ -37,6 +38,13 @@ def list_gpus() -> list[Gpu]:
         return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
         return []
+
+
+def idle_gpu() -> str | None:
+    """UUID of the GPU to take when nobody chose one: held by no run if there is such a one, then the most free memory."""
+    held = {holder.device for holder in holders()}
+    best = min(list_gpus(), key=lambda gpu: (gpu.uuid in held, gpu.used_bytes - gpu.memory_bytes), default=None)
+    return None if best is None else best.uuid
 
 
 def command(python: str, run_folder: Path, *, gpus: Sequence[str], world_size: int, is_local: bool) -> Command:

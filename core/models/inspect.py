@@ -11,11 +11,10 @@ from core.errors import InputError
 from core.files import read_json, tree_size_bytes
 from core.messages import Message, message
 from core.models.weights import read_weights
+from core.xtuner.tokens import training_tokens
 
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_BOS_NOT_NEEDED: Final = ("QWenTokenizer", "Qwen2TokenizerFast", "ChatGLMTokenizer", "ChatGLM4Tokenizer")
-"""Tokenizers that XTuner 0.2.0 trains without a BOS token (xtuner/dataset/utils.py, get_bos_eos_token_ids)."""
 _CONTEXT_KEYS: Final = (
     "max_position_embeddings",
     "seq_length",
@@ -85,7 +84,7 @@ def inspect_model(folder: Path, source: str = "project") -> ModelCard:
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else None
     tokenizer_class = str(tokenizer["tokenizer_class"]) if tokenizer.get("tokenizer_class") else None
     has_bos = _has_bos(folder, tokenizer)
-    problems = [*weights.problems, *_problems(folder, config, architecture, tokenizer_class, has_bos=has_bos)]
+    problems = [*weights.problems, *_problems(folder, config, architecture, tokenizer_class)]
     return ModelCard(
         name=folder.name,
         path=folder,
@@ -126,20 +125,15 @@ def fingerprint(folder: Path) -> str:
 
 
 def _problems(
-    folder: Path, config: dict[str, Any], architecture: str | None, tokenizer_class: str | None, *, has_bos: bool
+    folder: Path, config: dict[str, Any], architecture: str | None, tokenizer_class: str | None
 ) -> list[Message]:
     found = []
     if architecture is None:
         found.append(message("models.problems.no_architecture"))
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not list(folder.glob("*.tiktoken")):
         found.append(message("models.problems.no_tokenizer"))
-    elif (
-        not has_bos
-        and tokenizer_class is not None
-        and tokenizer_class not in _BOS_NOT_NEEDED
-        and not tokenizer_class.startswith("Qwen2")
-    ):
-        found.append(message("models.problems.no_bos", tokenizer=tokenizer_class))
+    elif training_tokens(folder).bos is None:
+        found.append(message("models.problems.no_bos", tokenizer=tokenizer_class or "-"))
     if isinstance(config.get("quantization_config"), dict):
         method = str(config["quantization_config"].get("quant_method", "?"))
         found.append(message("models.problems.quantized", method=method))

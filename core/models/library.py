@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,13 +23,22 @@ _DEPTH: Final = 3
 
 
 def find_models(project: Project, settings: Settings, environ: Mapping[str, str] = os.environ) -> list[ModelCard]:
-    """Cards of the project's models, then the shared folder's, then the hub cache's. A folder that cannot be read is left out."""
-    cards = [card for folder in project_models(project) if (card := _card(folder, "project"))]
-    if settings.shared_models is not None:
-        cards += [
-            card for folder in _model_folders(settings.shared_models, _DEPTH) if (card := _card(folder, "shared"))
-        ]
-    cards += [card for folder in _cached_snapshots(environ) if (card := _card(folder, "cache"))]
+    """Cards of the project's models, then the shared folder's, then the hub caches'. A folder that cannot be read is left out."""
+    return [*project_cards(project), *machine_cards(settings, environ)]
+
+
+def project_cards(project: Project) -> list[ModelCard]:
+    """Cards of the models in the project."""
+    return [card for folder in project_models(project) if (card := _card(folder, "project"))]
+
+
+def machine_cards(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[ModelCard]:
+    """Cards of the models in the shared folder and in the caches of Hugging Face and ModelScope. Slow on network disks."""
+    shared = settings.shared_models
+    cards = [card for folder in (_model_folders(shared, _DEPTH) if shared else []) if (card := _card(folder, "shared"))]
+    for name, folder in [*_hugging_face_snapshots(environ), *_modelscope_folders(environ)]:
+        card = _card(folder, "cache")
+        cards += [replace(card, name=name)] if card else []
     return cards
 
 
@@ -170,13 +180,26 @@ def _model_folders(folder: Path, depth: int) -> list[Path]:
     return [found for path in below for found in _model_folders(path, depth - 1)]
 
 
-def _cached_snapshots(environ: Mapping[str, str]) -> list[Path]:
-    """Newest snapshot of each model in the Hugging Face cache."""
+def _hugging_face_snapshots(environ: Mapping[str, str]) -> list[tuple[str, Path]]:
+    """Name and newest snapshot of each model in the Hugging Face cache."""
     home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     hub = Path(environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     found = []
     for repository in sorted(hub.glob("models--*")) if hub.is_dir() else []:
         snapshots = [path for path in (repository / "snapshots").glob("*") if (path / "config.json").is_file()]
         if snapshots:
-            found.append(max(snapshots, key=lambda path: path.stat().st_mtime))
+            found.append((repository.name.split("--")[-1], max(snapshots, key=lambda path: path.stat().st_mtime)))
     return found
+
+
+def _modelscope_folders(environ: Mapping[str, str]) -> list[tuple[str, Path]]:
+    """Name and folder of each model in ModelScope's cache, in its old layout (`hub/`) and its new one (`hub/models/`).
+
+    Its folders spell a dot as three underscores and may stand beside a link with the true name.
+    """
+    cache = Path(environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope").expanduser()
+    files = [
+        file for depth in ("hub/*/*", "hub/models/*/*", "models/*/*") for file in cache.glob(f"{depth}/config.json")
+    ]
+    folders = {file.parent.resolve(): file.parent.name for file in files}
+    return sorted((name.replace("___", "."), folder) for folder, name in folders.items())

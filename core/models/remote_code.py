@@ -28,10 +28,20 @@ def code_hash(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
+def needs_code(folder: Path) -> bool:
+    """Whether loading the model or its tokenizer runs Python files of the folder."""
+    return any("auto_map" in _optional(folder / name) for name in ("config.json", "tokenizer_config.json"))
+
+
 def is_allowed(project: Project, folder: Path) -> bool:
-    """Whether the code of `folder` may run: it has none, or a person allowed exactly these files."""
+    """Whether the code of `folder` may run: it needs none, or a person allowed exactly these files.
+
+    They may have been allowed in another folder of the project: an adapter's merged model carries its base model's code.
+    """
+    if not needs_code(folder):
+        return True
     found = code_hash(folder)
-    return found is None or found in _allowed(project).get(str(folder.resolve()), [])
+    return found is None or any(found in hashes for hashes in _allowed(project).values())
 
 
 def allow(project: Project, folder: Path) -> None:
@@ -50,6 +60,15 @@ def require_allowed(project: Project, folder: Path) -> None:
         raise InputError(
             "models.code_not_allowed", path=str(folder), files=", ".join(file.name for file in code_files(folder))
         )
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    """A JSON object that may be missing or broken: loading the model will say so."""
+    try:
+        value = read_json(file)
+    except InputError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _allowed(project: Project) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Chat: pick a model, load it into its own process, talk to it."""
+"""Chat: pick a model, load it into its own process, talk to it; or ask several models the same questions."""
 
 import streamlit as st
 
@@ -6,29 +6,39 @@ from core.chat.conversation import save_conversation
 from core.chat.models import find_chat_models
 from core.errors import DanluError
 from pages.ui import shell
+from pages.ui.chat_compare import compare_view
 from pages.ui.chat_history import current_conversation, history_panel, show_turns
 from pages.ui.chat_model import model_bar
 from pages.ui.chat_settings import settings_panel
 from pages.ui.chat_stream import answer
+from pages.ui.chat_template import template_view
 from pages.ui.text import show_error, t
+
+VIEWS = ("talk", "compare")
 
 project = shell.require_project()
 shell.page_header("chat")
 models = find_chat_models(project, shell.settings())
-if not models:
+if models:
+    view = st.segmented_control(
+        t("chat.views.title"), VIEWS, default="talk", required=True, key="chat_view", label_visibility="collapsed",
+        format_func=lambda name: t(f"chat.views.{name}"), persist_state="session",
+    )  # fmt: skip
+    if view == "compare":
+        compare_view(project, models)
+        st.stop()
+else:
     shell.missing(t("chat.empty"), "model")
-    st.stop()
 
-worker = model_bar(project, models)
+target, worker = model_bar(project, models)
 talk, panel = st.columns([3, 1], gap="large")
 with panel:
-    settings, system = settings_panel(worker)
+    settings, system = settings_panel(target)
     history_panel(project)
-is_ready = worker is not None and worker.served is not None
 asked = st.chat_input(
-    t("chat.placeholder") if is_ready else t("chat.waiting"),
+    t("chat.placeholder") if target else t("chat.waiting"),
     key="chat_input",
-    disabled=not is_ready,
+    disabled=target is None,
     submit_mode="stop",
 )
 with talk:
@@ -42,13 +52,15 @@ with talk:
         is_again = st.session_state.pop("chat_again", False)
         if asked:
             conversation.ask(str(asked))
-        is_asking = is_ready and bool(asked or edited or is_again)
+        is_asking = target is not None and bool(asked or edited or is_again)
         if not conversation.turns and not is_asking:
-            st.info(t("chat.placeholder") if is_ready else t("chat.not_loaded"), icon=":material/forum:")
-        show_turns(project, conversation, is_ready=is_ready, hides_last=is_asking and is_again)
-        if is_asking and worker is not None:
+            st.info(t("chat.placeholder") if target else t("chat.not_loaded"), icon=":material/forum:")
+        show_turns(project, conversation, is_ready=target is not None, hides_last=is_asking and is_again)
+        if is_asking and target is not None:
             save_conversation(project, conversation)
-            answer(project, conversation, worker, settings)
+            answer(project, conversation, target, settings)
             st.rerun()
+        if target is not None and worker is not None and worker.served is not None:
+            template_view(target, conversation, worker.served["template"])
     except DanluError as error:
         show_error(error)

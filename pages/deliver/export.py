@@ -12,7 +12,7 @@ from pages.ui.text import show_error, t
 
 project = shell.require_project()
 shell.page_header("export")
-job_panel(project, ("adapter", "merge"))
+job_panel(project, ("adapter", "merge", "gguf", "upload", "verify"))
 try:
     card = choose_checkpoint(project, list_runs(project))
     if card is None:

@@ -1,19 +1,26 @@
 """Launch: choose config, device, DeepSpeed and a checkpoint to go on from; see what is wrong and the exact command; start."""
 
+import sys
 from pathlib import Path
 
 import streamlit as st
 
 from core.config.library import list_configs, read_config
 from core.config.source import ConfigSource
+from core.environment.interpreters import is_legacy, training_python, xtuner_version
 from core.errors import DanluError
-from core.launchers.local import list_gpus
 from core.runs.jobs import active_runs
-from core.runs.train import TrainRequest, plan, resumable, start_training
+from core.runs.resume import Mode
+from core.runs.train import TrainRequest, is_written_anew, plan, start_training
 from core.xtuner.command import DEEPSPEED_CHOICES
 from pages.ui import shell
+from pages.ui.launch_cluster import choose_place, show_batch, with_edits
+from pages.ui.launch_memory import memory_panel
+from pages.ui.launch_resume import choose_resume, remember_job, show_job, show_plan
+from pages.ui.launch_speed import speed_choice
+from pages.ui.launch_time import time_panel
 from pages.ui.launch_views import facts, show_checks, show_command
-from pages.ui.text import gib, show_error, t
+from pages.ui.text import show_error, t
 
 
 def choose_config() -> Path:
@@ -24,54 +31,14 @@ def choose_config() -> Path:
     return configs[st.selectbox(t("launch.config"), configs, key="launch_config")]
 
 
-def choose_device() -> tuple[str, ...]:
-    gpus = {gpu.uuid: gpu for gpu in list_gpus()}
-    if not gpus:
-        st.info(t("launch.cpu_only"), icon=":material/memory:")
-        return ()
-    chosen = st.multiselect(
-        t("launch.gpus"),
-        gpus,
-        default=next(iter(gpus)),
-        key="launch_gpus",
-        format_func=lambda uuid: t(
-            "launch.gpu",
-            index=gpus[uuid].index,
-            name=gpus[uuid].name,
-            free=gib(gpus[uuid].memory_bytes - gpus[uuid].used_bytes),
-            total=gib(gpus[uuid].memory_bytes),
-        ),
-        help=t("launch.gpus_help"),
-    )
-    return tuple(chosen)
-
-
-def choose_resume() -> tuple[Path | None, str | None]:
-    """The checkpoint to go on from, and the DeepSpeed choice it was saved with."""
-    if not st.toggle(t("launch.resume"), key="launch_resume", help=t("launch.resume_help")):
-        return None, None
-    cards = {str(card.path): card for card in resumable(project)}
-    if not cards:
-        st.caption(t("launch.no_checkpoint"))
-        return None, None
-    picked = st.selectbox(
-        t("launch.checkpoint"),
-        cards,
-        key="launch_checkpoint",
-        format_func=lambda path: str(Path(path).relative_to(project.train)),
-    )
-    card = cards[picked]
-    return card.path, f"deepspeed_zero{card.stage or 2}" if card.is_folder else None
-
-
 def choose() -> TrainRequest:
     config = choose_config()
     facts(ConfigSource(read_config(config)))
-    gpus = choose_device()
-    resume, saved_with = choose_resume()
+    place = choose_place(project)
+    resume = choose_resume(project)
     choices = ["none", *DEEPSPEED_CHOICES]
     with st.container(horizontal=True):
-        preset = choices.index(saved_with or "none")
+        preset = choices.index(resume.deepspeed or "none")
         deepspeed = st.selectbox(
             t("launch.deepspeed"),
             choices,
@@ -79,18 +46,30 @@ def choose() -> TrainRequest:
             key=f"launch_deepspeed_{preset}",
             format_func=lambda name: t(f"launch.zero.{name}"),
         )
-        seed = st.number_input(t("launch.seed"), 0, 2**31 - 1, 42, key="launch_seed", disabled=resume is not None)
+        is_same_curve = resume.checkpoint is not None and resume.mode is Mode.EXACT
+        seed = st.number_input(t("launch.seed"), 0, 2**31 - 1, 42, key="launch_seed", disabled=is_same_curve)
         name = st.text_input(t("launch.name"), key="launch_name", placeholder=t("launch.name_hint"))
     st.caption(t(f"launch.zero_help.{deepspeed}"))
-    python = shell.settings().python
+    speed = speed_choice(project, config, place.gpus)
+    python = training_python(project, shell.settings().python)
+    if is_legacy(python):
+        st.info(t("launch.legacy", version=xtuner_version(python), python=python), icon=":material/history:")
+    elif python != Path(sys.executable):
+        st.caption(t("launch.python", python=python))
     return TrainRequest(
         config=config,
-        gpus=gpus,
+        gpus=place.gpus,
         deepspeed=None if deepspeed == "none" else deepspeed,
-        resume=resume,
-        seed=int(seed),
+        cpu_processes=place.cpu_processes,
+        slurm=with_edits(place.slurm),
+        nodes=place.nodes,
+        resume=resume.checkpoint,
+        resume_mode=resume.mode,
+        extra_epochs=resume.extra_epochs,
+        seed=None if is_same_curve else int(seed),
         name=name.strip(),
-        **({"python": str(python)} if python else {}),
+        speed=speed,
+        python=str(python),
     )
 
 
@@ -99,10 +78,14 @@ def main() -> None:
     st.subheader(t("launch.checks"), divider="gray")
     try:
         is_ready = show_checks(project, request)
+        memory_panel(project, request)
+        time_panel(project, request)
         spec = plan(project, request)
     except DanluError as error:
         show_error(error)
         return
+    show_plan(spec)
+    show_batch(spec)
     show_command(spec)
     if running := active_runs(project):
         st.warning(t("launch.running", names=", ".join(run.id for run in running)), icon=":material/hourglass:")
@@ -110,13 +93,17 @@ def main() -> None:
         t("launch.start"), type="primary", icon=":material/rocket_launch:", key="launch_start", disabled=not is_ready
     ):
         run = start_training(project, request)
+        if is_written_anew(spec):
+            remember_job(run)
         st.session_state["monitor_run"] = run.id
         st.switch_page(shell.PAGES["monitor"], query_params={"run": run.id})
 
 
 project = shell.require_project()
 shell.page_header("launch")
+show_job(project)
 try:
     main()
 except DanluError as problem:
     show_error(problem)
+    st.page_link(shell.PAGES["config"], label=t("launch.mend"), icon=shell.ICONS["config"])

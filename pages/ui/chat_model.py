@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
-from core.chat.client import Worker, find_workers, read_worker, start_worker, stop_worker
+from core.chat.client import Target, Worker, find_workers, read_worker, start_worker, stop_worker
 from core.chat.models import ChatModel
 from core.errors import DanluError
 from core.files import read_json
@@ -13,23 +14,47 @@ from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.jobs import active_runs
 from core.runs.state import Phase
+from pages.ui.chat_server import server_bar
+from pages.ui.run_waiting import waiting_text
 from pages.ui.text import gib, say, show_error, t
 
 _SIGKILL = 9
+_OTHER = "server"
+"""In the picker: a server of another program."""
 
 
-def model_bar(project: Project, models: list[ChatModel]) -> Worker | None:
-    """Picker and buttons; the worker of the chosen model while it loads or serves."""
+def model_bar(project: Project, models: list[ChatModel]) -> tuple[Target | None, Worker | None]:
+    """Picker and buttons; what can be talked to, and the worker behind it if it is ours."""
     by_id = {model.id: model for model in models}
     names = {model.id: f"{t(f'chat.kinds.{model.kind}')} · {model.name}" for model in models}
-    if st.session_state.get("chat_model") not in by_id:
-        st.session_state["chat_model"] = next(iter(by_id))
+    names[_OTHER] = t("chat.server.other")
+    _follow_link(by_id)
+    if st.session_state.get("chat_model") not in names:
+        st.session_state["chat_model"] = next(iter(names))
     picker, button = st.columns([5, 1], vertical_alignment="bottom")
-    chosen = by_id[
-        picker.selectbox(
-            t("chat.pick"), list(by_id), format_func=names.__getitem__, key="chat_model", persist_state="session"
-        )
-    ]
+    identity = picker.selectbox(
+        t("chat.pick"), list(names), format_func=names.__getitem__, key="chat_model", persist_state="session"
+    )
+    if identity == _OTHER:
+        return server_bar(project, models), None
+    worker = _worker_bar(project, by_id[identity], button)
+    return (worker.target() if worker else None), worker
+
+
+def _follow_link(by_id: dict[str, ChatModel]) -> None:
+    """`?model=<folder>` of another page chooses that model, once."""
+    asked = st.query_params.get("model")
+    if not asked or asked == st.session_state.get("chat_asked"):
+        return
+    st.session_state["chat_asked"] = asked
+    found = [model.id for model in by_id.values() if asked in (str(model.adapter), str(model.path), model.id)]
+    exact = [identity for identity in found if identity.endswith(f":{asked}")]
+    if found:
+        st.session_state["chat_model"] = (exact or found)[0]
+
+
+def _worker_bar(project: Project, chosen: ChatModel, button: DeltaGenerator) -> Worker | None:
+    """Load and unload; the worker of the chosen model while it loads or serves."""
     worker = next((each for each in reversed(find_workers(project)) if _serves(each, chosen)), None)
     if worker is None:
         if button.button(
@@ -81,6 +106,9 @@ def _loading(run: RunDirectory) -> None:
         progress = read_json(run.progress_file)
     except DanluError:
         progress = None
+    if worker.status.phase is Phase.QUEUED:
+        st.info(waiting_text(worker.status), icon=":material/hourglass:")
+        return
     if progress is None:
         st.progress(0.0, text=t("chat.loading", name=worker.name) + " · " + t("chat.starting"))
         return

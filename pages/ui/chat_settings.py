@@ -4,7 +4,7 @@ from typing import Any
 
 import streamlit as st
 
-from core.chat.client import Worker
+from core.chat.client import Target
 from pages.ui.text import t
 
 _DEFAULTS: dict[str, Any] = {
@@ -23,11 +23,15 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def settings_panel(worker: Worker | None) -> tuple[dict[str, Any], str]:
+_NEUTRAL: dict[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Not sent: other programs' servers refuse fields that they do not know."""
+
+
+def settings_panel(target: Target | None) -> tuple[dict[str, Any], str]:
     """The request's settings and the system prompt."""
     for key, value in _DEFAULTS.items():
         st.session_state.setdefault(key, value)
-    longest = int(worker.served["max_tokens"]) if worker and worker.served else 32768
+    longest = target.max_tokens if target and target.max_tokens else 32768
     st.session_state["chat_max_tokens"] = min(int(st.session_state["chat_max_tokens"]), longest)
     st.slider(
         t("chat.settings.max_tokens"), 8, longest, step=8, key="chat_max_tokens", help=t("chat.settings.max_tokens_help"),
@@ -41,15 +45,11 @@ def settings_panel(worker: Worker | None) -> tuple[dict[str, Any], str]:
         t("chat.settings.temperature"), 0.0, 2.0, step=0.01, key="chat_temperature",
         help=t("chat.settings.temperature_help"), persist_state="session",
     )  # fmt: skip
-    _compare(worker)
+    if target is not None and target.has_adapter:
+        st.toggle(t("chat.compare"), key="chat_compare", help=t("chat.compare_help"), persist_state="session")
     with st.expander(t("chat.settings.more"), icon=":material/tune:"):
         _more()
     return _request(), str(st.session_state["chat_system"]).strip()
-
-
-def _compare(worker: Worker | None) -> None:
-    if worker is not None and worker.details.get("adapter"):
-        st.toggle(t("chat.compare"), key="chat_compare", help=t("chat.compare_help"), persist_state="session")
 
 
 def _more() -> None:
@@ -84,7 +84,7 @@ def _more() -> None:
 def _request() -> dict[str, Any]:
     state = st.session_state
     names = ("max_tokens", "top_p", "temperature", "top_k", "min_p", "repetition_penalty")
-    settings = {name: state[f"chat_{name}"] for name in names}
+    settings = {name: state[f"chat_{name}"] for name in names if state[f"chat_{name}"] != _NEUTRAL.get(name)}
     if state["chat_use_seed"]:
         settings["seed"] = int(state["chat_seed"])
     if words := [word for word in str(state["chat_stop"]).splitlines() if word]:

@@ -15,14 +15,17 @@ from core.data.preview import Token, training_segments, training_tokens_of
 from core.data.statistics import LengthSummary
 from core.data.tokenizer import load_tokenizer, model_folders, tokenizer_file
 from core.errors import DanluError
+from core.models.remote_code import is_allowed
 from core.project import Project
 from core.runs.launch import start_job
 from core.xtuner.templates import PromptTemplate, prompt_templates
 from core.xtuner.tokens import guess_template
 from pages.ui import shell
+from pages.ui.dataset_template import template_check
 from pages.ui.text import show_error, t
 
 _SHOWN_TOKENS = 1500
+_SHOWN_LINES = 20
 _MEASURE_AT_ONCE_BYTES = 2 * 2**20
 
 
@@ -42,6 +45,8 @@ def learned_view(project: Project, dataset: Dataset) -> None:
     )
     last = max(1, dataset.rows or 1_000_000)
     number = int(cells[3].number_input(t("dataset.row_number"), 1, last, 1, key=f"dataset_row_{dataset.name}"))
+    if template is not None:
+        template_check(template, model)
     if tokenizer_file(project, model) is None:
         _export_form(project, model)
         return
@@ -65,6 +70,9 @@ def _choose_template(cell: st.delta_generator.DeltaGenerator, dataset: Dataset, 
 
 
 def _export_form(project: Project, model: Path) -> None:
+    if not is_allowed(project, model):
+        shell.missing(t("dataset.code_not_allowed"), "model")
+        return
     st.warning(t("dataset.tokenizer_code"), icon=":material/code:")
     if st.button(t("dataset.tokenizer_go"), key="dataset_tokenizer_go"):
         arguments = {"project": str(project.root), "model_folder": str(model)}
@@ -160,6 +168,10 @@ def _lengths(project: Project, dataset: Dataset, model: Path, template: PromptTe
         _histogram(lengths.histogram(), max_length)
     with right:
         _facts(summary, lengths.unusable_rows)
+    if dropped := lengths.dropped_lines(max_length):
+        shown = ", ".join(map(str, dropped[:_SHOWN_LINES])) + (" …" if len(dropped) > _SHOWN_LINES else "")
+        said = t("dataset.prompt_too_long", count=f"{len(dropped):,}", max_length=max_length, lines=shown)
+        st.warning(said, icon=":material/content_cut:")
     _plan(summary)
 
 

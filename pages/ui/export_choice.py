@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import streamlit as st
 
-from core.checkpoints.deliverables import delivery_name, delivery_targets, start_delivery
+from core.checkpoints.deliverables import delivery_name, delivery_targets, list_deliverables, start_delivery
 from core.checkpoints.inspect import CheckpointCard, list_checkpoints
 from core.checkpoints.planner import plan_delivery
 from core.errors import DanluError
@@ -93,16 +93,22 @@ def show_plan(project: Project, card: CheckpointCard, options: Options) -> None:
         merge=options.merge,
         verify=options.verify,
     )
-    memory, disk, time = st.columns(3)
-    memory.metric(t("export.memory"), gib(plan.ram_bytes), help=t("export.memory_help"))
-    disk.metric(t("export.disk"), gib(plan.disk_bytes), help=t("export.disk_help", free=gib(plan.free_bytes)))
-    time.metric(t("export.time"), "≈ " + duration(plan.seconds), help=t("export.time_help"))
+    figures = (
+        (t("export.memory"), gib(plan.ram_bytes), t("export.memory_help")),
+        (t("export.disk"), gib(plan.disk_bytes), t("export.disk_help", free=gib(plan.free_bytes))),
+        (t("export.time"), "≈ " + duration(plan.seconds), t("export.time_help")),
+    )
+    for column, (label, value, hint) in zip(st.columns(3), figures, strict=True):
+        column.caption(label, help=hint)
+        column.markdown(f"#### {value}")  # a metric's large digits do not fit into half a page
     lines = [t("export.target", path=_short(project, target)) for target in targets]
     base = str(plan.base or plan.recipe.base_model or t("export.unknown"))
     lines.append(t("export.from_base", path=base))
     lines.append(t("export.template", name=(plan.recipe.prompt_template or {}).get("name") or t("export.unknown")))
     st.caption("  \n".join(lines))
-    if plan.problem is not None:
+    if _is_delivered(project, card, targets):
+        st.success(t("export.already_there"), icon=":material/check_circle:")
+    elif plan.problem is not None:
         show_error(plan.problem)
     is_busy = bool(active_jobs(project, ("adapter", "merge")))
     label = (
@@ -124,6 +130,14 @@ def show_plan(project: Project, card: CheckpointCard, options: Options) -> None:
             show_error(error)
         else:
             st.rerun()
+
+
+def _is_delivered(project: Project, card: CheckpointCard, targets: Sequence[Path]) -> bool:
+    """Whether the last target holds what came of this very checkpoint."""
+    return any(
+        (item.path, item.run, item.checkpoint) == (targets[-1], card.path.parent.name, card.name)
+        for item in list_deliverables(project)
+    )
 
 
 def _label(card: CheckpointCard, loss: float | None) -> str:

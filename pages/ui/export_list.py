@@ -2,14 +2,19 @@
 
 import streamlit as st
 
-from core.checkpoints.deliverables import Deliverable, discard, list_deliverables, zip_folder
-from core.errors import DanluError
+from core.checkpoints.deliverables import Deliverable, list_deliverables, zip_folder
 from core.project import Project
 from pages.ui import shell
-from pages.ui.text import gib, show_error, t
+from pages.ui.export_actions import actions_of, open_action
+from pages.ui.text import gib, t
 
 _LARGEST_DOWNLOAD_BYTES = 512 * 2**20
-_ICONS = {"adapter": ":material/extension:", "merged": ":material/deployed_code:", "full": ":material/deployed_code:"}
+_ICONS = {
+    "adapter": ":material/extension:",
+    "merged": ":material/deployed_code:",
+    "full": ":material/deployed_code:",
+    "gguf": ":material/package_2:",
+}
 
 
 def deliverables_list(project: Project) -> None:
@@ -37,30 +42,37 @@ def _row(project: Project, item: Deliverable) -> None:
             )
             st.caption(" · ".join(part for part in (origin, item.dtype, gib(item.size_bytes)) if part))
         with actions:
-            buttons = st.columns([3, 2])
-            if item.is_model:
-                if buttons[0].button(
-                    t("export.chat"), key=f"export_chat_{key}", icon=":material/forum:", width="stretch"
-                ):
-                    st.switch_page(shell.PAGES["chat"], query_params={"model": str(item.path)})
-            elif item.size_bytes <= _LARGEST_DOWNLOAD_BYTES:
-                buttons[0].download_button(
-                    t("export.download"),
-                    data=lambda folder=item.path: zip_folder(folder),
-                    file_name=f"{item.name}.zip",
-                    mime="application/zip",
-                    key=f"export_zip_{key}",
-                    icon=":material/download:",
-                    on_click="ignore",
-                    width="stretch",
-                )
-            if item.path.parent != project.root and buttons[1].button(
-                t("export.remove"), key=f"export_remove_{key}", icon=":material/delete:", width="stretch"
-            ):
-                _confirm_removal(project, item)
+            _actions(project, item, key)
         if item.verified:
             with st.expander(t("export.figures")):
                 _figures(item.verified)
+
+
+def _actions(project: Project, item: Deliverable, key: str) -> None:
+    first, more = st.columns([3, 2])
+    if item.is_model:
+        if first.button(t("export.chat"), key=f"export_chat_{key}", icon=":material/forum:", width="stretch"):
+            st.switch_page(shell.PAGES["chat"], query_params={"model": str(item.path)})
+    elif item.size_bytes <= _LARGEST_DOWNLOAD_BYTES:
+        first.download_button(
+            t("export.download"),
+            data=lambda folder=item.path: zip_folder(folder),
+            file_name=f"{item.name}.zip",
+            mime="application/zip",
+            key=f"export_zip_{key}",
+            icon=":material/download:",
+            on_click="ignore",
+            width="stretch",
+        )
+    chosen = more.menu_button(
+        t("export.more"),
+        actions_of(project, item),
+        format_func=lambda name: t(f"export.actions.{name}"),
+        key=f"export_more_{key}",
+        width="stretch",
+    )
+    if chosen:
+        open_action(chosen, project, item)
 
 
 def _figures(verified: dict[str, object]) -> None:
@@ -88,15 +100,3 @@ def _figures(verified: dict[str, object]) -> None:
             "merged": t("export.kinds.merged"),
         }
         st.table([{columns[name]: answer.get(name) for name in columns} for answer in answers])
-
-
-@st.dialog(" ")
-def _confirm_removal(project: Project, item: Deliverable) -> None:
-    st.markdown(t("export.confirm_remove", name=f"{item.path.parent.name}/{item.name}", size=gib(item.size_bytes)))
-    if st.button(t("export.remove"), key="export_remove_confirmed", type="primary"):
-        try:
-            discard(project, item.path)
-        except DanluError as error:
-            show_error(error)
-        else:
-            st.rerun()

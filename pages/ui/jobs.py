@@ -83,11 +83,12 @@ def _progress(run: RunDirectory) -> dict[str, Any] | None:
     parts = [say(Message.from_json(value["message"]))]
     fraction = min(max(done / total, 0.0), 1.0) if total else 0.0
     elapsed = time.time() - value["started_at"]
+    moved = done - value.get("first_done", 0)
     if unit == "bytes":
         parts.append(f"{gib(done)} / {gib(total)}" if total else gib(done))
-        parts.append(f"{gib(done / max(elapsed, 0.1))}/s")
+        parts.append(f"{gib(max(moved, 0) / max(elapsed, 0.1))}/s")
     elif total and total > 1:
         parts.append(f"{done:,.0f} / {total:,.0f} {t(f'runs.units.{unit}') if unit else ''}".strip())
-    if 0.05 < fraction < 1.0 and elapsed > 3.0:
-        parts.append(t("runs.time_left", duration=duration(elapsed * (1 - fraction) / fraction)))
+    if total and moved > 0.05 * (total - value.get("first_done", 0)) and fraction < 1.0 and elapsed > 3.0:
+        parts.append(t("runs.time_left", duration=duration(elapsed * (total - done) / moved)))
     return {"fraction": fraction, "text": " · ".join(parts)}

@@ -45,10 +45,10 @@ def gib(size_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 3 min 5 s, 2 h 14 min."""
+    """Seconds for people: 42 s, 3 min 5 s, 2 h 14 min; 42 秒, 3 分 5 秒, 2 小时 14 分."""
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
+        return t("shell.durations.seconds", seconds=whole)
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+        return t("shell.durations.minutes", minutes=whole // 60, seconds=whole % 60)
+    return t("shell.durations.hours", hours=whole // 3600, minutes=whole % 3600 // 60)

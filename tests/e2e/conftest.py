@@ -1,6 +1,7 @@
 """The app as a person meets it: a real server, a real browser. Screenshots are kept in test-artifacts/."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,11 @@ from urllib.error import URLError
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from core.runs.control import request_stop
+from core.runs.directory import RunDirectory
+from core.runs.state import read_status
+from pages.ui.shell import PAGES
+
 ROOT = Path(__file__).parents[2]
 ARTIFACTS = ROOT / "test-artifacts"
 CHROMIUM_ARGUMENTS = [
@@ -27,6 +33,10 @@ CHROMIUM_ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+_UNTIL_A_RUN_BEGINS_MILLISECONDS = 250
+"""After a click the page does not know yet that the server will run the script."""
+
+_UNTIL_CHARTS_ARE_DRAWN_MILLISECONDS = 700
 
 
 def free_port() -> int:
@@ -88,20 +98,32 @@ class Screen:
         """Open a page by its name in the URL, as a deep link."""
         arguments = "&".join(f"{key}={value}" for key, value in query.items())
         self.page.goto(f"{self.server.url}/{name}?{arguments}")
+        expect(self.page.locator('section[data-testid="stSidebar"] a').first).to_be_visible(timeout=60_000)
         self.settle()
 
     def go(self, name: str) -> None:
         """Go to a page by its link in the sidebar."""
-        self.page.locator(f'section[data-testid="stSidebar"] a[href*="/{name}"]').first.click()
-        self.page.wait_for_url(f"**/{name}**")
+        links = self.page.get_by_test_id("stSidebar").get_by_test_id("stPageLink-NavLink")
+        links.nth(list(PAGES).index(name)).click()
+        is_first = name == next(iter(PAGES))  # which has no path of its own
+        self.page.wait_for_url(re.compile(r"//[^/]+/(\?.*)?$" if is_first else rf"/{name}(\?.*)?$"))
         self.settle()
 
     def settle(self) -> None:
         """Wait until the script run has ended, and see that no traceback is on the screen."""
+        self.page.wait_for_timeout(_UNTIL_A_RUN_BEGINS_MILLISECONDS)
         expect(self.page.get_by_test_id("stApp")).to_have_attribute(
             "data-test-script-state", "notRunning", timeout=60_000
         )
         assert self.page.get_by_test_id("stException").count() == 0, self.text()
+        assert self.page.get_by_text("Page not found").count() == 0, self.page.url
+
+    def calm(self) -> None:
+        """Wait until charts are drawn and notices are gone, and take the pointer off the page: for a picture."""
+        self.settle()
+        self.page.mouse.move(1279, 719)
+        expect(self.page.get_by_test_id("stToast")).to_have_count(0, timeout=15_000)
+        self.page.wait_for_timeout(_UNTIL_CHARTS_ARE_DRAWN_MILLISECONDS)
 
     def key(self, key: str):  # type: ignore[no-untyped-def]
         return self.page.locator(f".st-key-{key}").first
@@ -122,8 +144,45 @@ class Screen:
         self.page.get_by_role("option").filter(has_text=option).first.click()
         self.settle()
 
-    def see(self, text: str, *, seconds: float = 30) -> None:
-        expect(self.page.get_by_text(text).first).to_be_visible(timeout=seconds * 1000)
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name).click()
+        self.settle()
+
+    def pick(self, key: str, option: str) -> None:
+        """Press one of a row of buttons by its whole text."""
+        self.key(key).get_by_role("radio", name=option, exact=True).click()
+        self.settle()
+
+    def toggle(self, key: str) -> None:
+        self.key(key).locator("label").first.click()
+        self.settle()
+
+    def least(self, key: str) -> None:
+        """Move a slider to its left end."""
+        self.key(key).get_by_role("slider").press("Home")
+        self.settle()
+
+    def choose_row(self, key: str, text: str) -> None:
+        """Tick the row of a table that has a cell with this text. The table is a canvas: its rows are found by its reading aid."""
+        cell = self.key(key).locator(f"[role=gridcell]:text-is('{text}')").first
+        row = int((cell.get_attribute("id") or "").rsplit("-", 1)[-1])
+        box = self.key(key).get_by_test_id("data-grid-canvas").bounding_box()
+        assert box is not None
+        self.page.mouse.click(box["x"] + 15, box["y"] + 35 * (row + 1) + 17)
+        self.settle()
+
+    def say(self, key: str, text: str) -> None:
+        """Write into the chat box and send it."""
+        box = self.key(key).locator("textarea").first
+        box.fill(text)
+        box.press("Enter")
+
+    def see(self, text: str | re.Pattern[str], *, or_text: str | None = None, seconds: float = 30) -> None:
+        """Wait until this text, or the other, can be seen."""
+        wanted = self.page.get_by_text(text)
+        if or_text is not None:
+            wanted = wanted.or_(self.page.get_by_text(or_text))
+        expect(wanted.locator("visible=true").first).to_be_visible(timeout=seconds * 1000)
 
     def text(self) -> str:
         return self.page.locator("body").inner_text()
@@ -131,16 +190,34 @@ class Screen:
     def shot(self, name: str) -> None:
         self._shots += 1
         ARTIFACTS.mkdir(exist_ok=True)
+        self.calm()
         self.page.screenshot(path=ARTIFACTS / f"{name}.png", full_page=False)
+
+
+def end_runs(home: Path) -> None:
+    """Cancel what a test that failed on its way has left: trainings, jobs and chat workers outlive the server by design."""
+    files = [*home.glob("*/train/*/run.json"), *home.glob("*/.danlu/jobs/*/run.json")]
+    runs = [RunDirectory(file.parent) for file in files]
+    active = [run for run in runs if read_status(run).phase.is_active]
+    for run in active:
+        request_stop(run, "cancel")
+    deadline = time.monotonic() + 60
+    while any(read_status(run).phase.is_active for run in active) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def chromium() -> str:
+    """Path of the browser. Fails the test if there is none."""
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.fail("Chromium is not installed: apt-get install chromium")
+    return executable
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.fail("Chromium is not installed: apt-get install chromium")
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=executable, args=CHROMIUM_ARGUMENTS)
+        yield playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_ARGUMENTS)
 
 
 @pytest.fixture
@@ -149,6 +226,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     running.start()
     yield running
     running.kill()
+    end_runs(running.home)
 
 
 @pytest.fixture

@@ -133,3 +133,31 @@ def test_coloured_text_is_never_markdown():
     assert "\\[x\\]\\(http\\:\\/\\/y\\)" in shown
     assert "\\<b\\>" in shown
     assert ":green-background[:green[ok]]:red-background[:red[cut]]" in shown
+
+
+def test_general_rows_are_mixed_in_and_files_joined(project: Project, monkeypatch: pytest.MonkeyPatch):
+    write_assistant(project, Assistant(name="Danny", author="Ada", rows=40, language="en"))
+    (project.data / "zeta.jsonl").write_bytes(lines(*[good(number) for number in range(60)]))
+    app = view(show(project, monkeypatch), "versions")
+    app.button(key="dataset_mix_go").click().run()
+    assert not app.exception
+    mixed = next(item for item in library.list_datasets(project) if item.name == "personal_assistant_mixed.jsonl")
+    assert library.check(project, mixed.path).rows == 50
+    app = view(show(project, monkeypatch), "versions")
+    app.segmented_control(key="dataset_mix_way").set_value("join").run()
+    app.multiselect(key="dataset_join_others").set_value(["zeta.jsonl"]).run()
+    app.button(key="dataset_join_go").click().run()
+    assert not app.exception
+    assert (project.data / "personal_assistant_joined.jsonl").is_file()
+
+
+@pytest.mark.parametrize(("name", "words"), [("qwen_chat", "fits"), ("llama3_chat", "differs from the template")])
+def test_template_is_compared_with_the_tokenizers_own(
+    project: Project, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+):
+    write_tiny_llama(project.model / "tiny")
+    (project.data / "rows.jsonl").write_bytes(lines(good(1)))
+    app = view(show(project, monkeypatch), "learned")
+    app.selectbox(key=f"dataset_template_{project.model / 'tiny'}").set_value(name).run()
+    assert not app.exception
+    assert any(words in str(box.value) for box in [*app.success, *app.warning])

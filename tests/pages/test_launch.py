@@ -4,10 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import streamlit as st
 from streamlit.testing.v1 import AppTest
 
+from core.config.source import ConfigSource
+from core.files import write_json
+from core.launchers import node, slurm
 from core.project import open_project
 from core.runs import train
+from core.runs.directory import RunDirectory, RunSpec
+from tests.core.runs.test_resume import write_run
 from tests.models import write_tiny_qwen2
 from tests.training import make_project
 
@@ -79,3 +85,135 @@ def test_a_project_without_checkpoints_says_so(tmp_path: Path, monkeypatch: pyte
     app.toggle(key="launch_resume").set_value(True).run()
     assert not app.exception
     assert any("no complete checkpoint" in caption.value for caption in app.caption)
+
+
+def with_checkpoint(root: Path, **request: Any) -> Any:
+    """A project whose one run of two processes has saved a plain checkpoint at iteration 8."""
+    project, config = make_project(root, write_tiny_qwen2)
+    write_run(project, config, **request)
+    return project
+
+
+def test_resuming_on_other_ranks_says_what_will_happen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    project = with_checkpoint(tmp_path / "p", cpu_processes=2)
+    app = show(project.root, monkeypatch)
+    app.toggle(key="launch_resume").set_value(True).run()
+    assert not app.exception
+    assert app.selectbox(key="launch_checkpoint").value.endswith("iter_8.pth")
+    assert any("Written by 2 processes" in info.value and "iteration 8 becomes 16" in info.value for info in app.info)
+    app.number_input(key="launch_processes").set_value(2).run()
+    assert not any("Written by" in info.value for info in app.info)
+    app.segmented_control(key="launch_way").set_value("longer").run()
+    assert any("Planned for 1 epochs, now 2" in info.value for info in app.info)
+
+
+def test_a_start_that_writes_a_checkpoint_first_shows_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = with_checkpoint(tmp_path / "p", cpu_processes=2)
+    started: list[str] = []
+
+    def start(_project: Any, function: str, **options: Any) -> Any:
+        started.append(f"{function} {options['kind']}")
+        return train.RunDirectory(project.jobs / "reshape_1")
+
+    monkeypatch.setattr(train, "start_job", start)
+    app = show(project.root, monkeypatch)
+    app.toggle(key="launch_resume").set_value(True).run()
+    app.button(key="launch_start").click().run()
+    assert not app.exception
+    assert started == ["core.runs.carry_over:carry_over reshape"]
+    assert app.session_state["launch_reshape"] == "reshape_1"
+
+
+def test_another_lora_shape_is_refused_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = with_checkpoint(tmp_path / "p")
+    config = project.config / "tiny.py"
+    config.write_text(ConfigSource(config.read_text()).set("model.lora.r", 8).text)
+    app = show(project.root, monkeypatch)
+    app.toggle(key="launch_resume").set_value(True).run()
+    assert "lora.r: 64 → 8" in app.error[0].value
+    assert not [button for button in app.button if button.key == "launch_start"]
+
+
+def test_a_cluster_shows_its_batch_file_and_an_edit_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, _ = make_project(tmp_path / "p", write_tiny_qwen2)
+    monkeypatch.setattr(slurm, "is_available", lambda: True)
+    monkeypatch.setattr(slurm, "partitions", lambda: ["gpu", "long"])
+    launched: list[Any] = []
+
+    def launch(_parent: Path, spec: Any) -> Any:
+        launched.append(spec)
+        return train.RunDirectory(project.train / spec.id)
+
+    monkeypatch.setattr(train, "launch", launch)
+    monkeypatch.setattr("streamlit.switch_page", lambda *_args, **_options: None)
+    st.cache_data.clear()
+    app = show(project.root, monkeypatch)
+    app.segmented_control(key="launch_where").set_value("cluster").run()
+    app.text_input(key="launch_name").input("mine").run()
+    app.number_input(key="launch_nodes").set_value(2).run()
+    assert not app.exception
+    text = app.text_area(key="launch_batch_text").value
+    assert "#SBATCH --partition=gpu\n" in text
+    assert "#SBATCH --nodes=2\n" in text
+    app.text_area(key="launch_batch_text").set_value(f"{text}\n# mine").run()
+    assert any("was edited" in caption.value for caption in app.caption)
+    app.button(key="launch_start").click().run()
+    assert not app.exception
+    assert (project.train / "mine/job.sbatch").read_text().endswith("# mine")
+    assert (launched[0].details["launcher"], launched[0].details["world_size"], launched[0].gpus) == ("slurm", 2, [])
+    st.cache_data.clear()
+
+
+def test_several_machines_start_the_first_and_show_the_command_for_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, _ = make_project(tmp_path / "p", write_tiny_qwen2)
+    launched: list[Any] = []
+    monkeypatch.setattr(
+        train, "launch", lambda _parent, spec: launched.append(spec) or train.RunDirectory(project.train / spec.id)
+    )
+    monkeypatch.setattr("streamlit.switch_page", lambda *_args, **_options: None)
+    app = show(project.root, monkeypatch)
+    app.segmented_control(key="launch_where").set_value("nodes_by_hand").run()
+    app.text_input(key="launch_address").input("a b").run()
+    assert "no address of a machine" in app.error[0].value
+    app.text_input(key="launch_address").input("10.0.0.1").run()
+    app.button(key="launch_start").click().run()
+    assert not app.exception
+    spec = launched[0]
+    assert (spec.details["launcher"], spec.details["world_size"]) == ("nodes", 2)
+    assert spec.argv[-4:-2] == ["-m", "core.launchers.node"]
+
+
+def test_the_monitor_shows_nodes_and_what_to_paste(tmp_path: Path) -> None:
+    def page(folder: str) -> None:
+        from pathlib import Path
+
+        from core.runs.directory import RunDirectory
+        from core.runs.state import Phase, RunStatus
+        from pages.ui.run_cluster import cluster_note
+
+        cluster_note(RunDirectory(Path(folder)), RunStatus(Phase.RUNNING))
+
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    spec = RunSpec(
+        id="run", kind="train", title="x", argv=["/py"], cwd="/p", created_at="", details={"nodes": {"nodes": 2}}
+    )
+    write_json(run.spec_file, spec.to_json())
+    node.report(run, 0, "joining")
+    app = AppTest.from_function(page, args=(str(run.path),))
+    app.session_state["language"] = "en"
+    app.run()
+    assert not app.exception
+    assert "Machine 1: not there yet" in app.caption[0].value
+    assert app.code[0].value.endswith(f"/py -m core.launchers.node {run.path} 1")
+    write_json(
+        run.path / slurm.JOB_FILE,
+        {"id": "7", "state": "PENDING", "is_pending": True, "position": 3, "reason": "Priority"},
+    )
+    app.run()
+    assert "Slurm job 7 · waiting · place 3 in the queue · others come first" in app.caption[0].value

@@ -87,6 +87,12 @@ def _patch_set_device(_config: Any, _facts: Facts) -> None:
     torch.cuda.set_device = lambda _device: None
 
 
+def _patch_cpu_packing(_config: Any, _facts: Facts) -> None:
+    from bitsandbytes.nn import modules
+
+    modules.has_avx512bf16 = lambda: False
+
+
 def _patch_warmup(_config: Any, _facts: Facts) -> None:
     from mmengine.optim import LinearLR
 
@@ -134,7 +140,8 @@ def _set_float32(config: Any, _facts: Facts) -> None:
 
 
 def _set_ddp_on_cpu(config: Any, _facts: Facts) -> None:
-    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+    # Without the None mmengine fills in the local rank as the device.
+    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
 
 
 def _set_sdpa(config: Any, _facts: Facts) -> None:
@@ -210,6 +217,13 @@ PATCHES: Final[tuple[Patch, ...]] = (
         _set_plain_optim_wrapper,
     ),
     Patch("float32", "float16 is slow or missing on CPU", "any", lambda _config, facts: facts.is_cpu, _set_float32),
+    Patch(
+        "cpu_packing",
+        "bitsandbytes packs 4-bit weights anew for sample answers, in a form that has no backward pass: the run dies after them",
+        "bitsandbytes >= 0.49 on CPUs with AVX512-BF16",
+        lambda config, facts: facts.is_cpu and any(llm.get("quantization_config") for llm in _language_models(config)),
+        _patch_cpu_packing,
+    ),
     Patch(
         "ddp_on_cpu",
         "mmengine passes a GPU number to DistributedDataParallel",

@@ -12,11 +12,13 @@ from typing import Any, Final
 from core.errors import DanluError
 from core.files import write_json
 from core.i18n import catalog
+from core.project import Project
 from core.runs.directory import RunDirectory
-from core.xtuner.runtime import compat, failures
+from core.runs.state import read_attempt
+from core.xtuner.runtime import compat, failures, tokenised
 
 _HOOKS: Final = "core.xtuner.runtime"
-_EXIT_EXPLAINED: Final = 3
+EXIT_EXPLAINED: Final = 3
 
 
 def main(argv: list[str]) -> int:
@@ -34,9 +36,9 @@ def main(argv: list[str]) -> int:
         print(f"{explained.code}: {what} {next_step}", file=sys.stderr, flush=True)
         if is_main or not run.error_file.exists():
             write_json(run.error_file, explained.to_json())
-        return _EXIT_EXPLAINED
+        return EXIT_EXPLAINED
     finally:
-        _leave_group()
+        leave_group()
     return 0
 
 
@@ -47,8 +49,10 @@ def train(run: RunDirectory) -> None:
     from xtuner.tools import train as xtuner_train
 
     config = Config.fromfile(str(run.source / f"{details['config']['name']}.py"))
+    if details.get("method") != "qlora":  # 4-bit weights are packed on the GPU as they come: one file after another
+        os.environ.setdefault("HF_ENABLE_PARALLEL_LOADING", "true")
     prepare(config, run, details)
-    _join_group(details)
+    join_group(details)
     sys.argv = _xtuner_argv(run, details)
     # XTuner reads the config from its path; it must get the prepared one.
     xtuner_train.Config = _Prepared(config)
@@ -73,6 +77,8 @@ def prepare(config: Any, run: RunDirectory, details: dict[str, Any]) -> None:
     insert_hooks(config, run)
     if details.get("speed") not in (None, "off"):
         _speed_up(config, details)
+    # Last: what the data set is made with is part of its name.
+    tokenised.use_cache(config, details, Project(Path(run.spec().cwd)).private / "tokenised")
 
 
 def insert_hooks(config: Any, run: RunDirectory) -> None:
@@ -105,10 +111,7 @@ class _Prepared:
 def _speed_up(config: Any, details: dict[str, Any]) -> None:
     from core.xtuner.runtime.speed import install, parts
 
-    wish = parts.Wish.from_json(details["speed"])
-    if details.get("deepspeed"):
-        wish = parts.Wish(wish.parts - {parts.OPTIMIZER}, wish.tokens_per_pass, wish.memory_limit_bytes)
-    install.prepare(config, wish)
+    install.prepare(config, parts.Wish.from_json(details["speed"]), has_deepspeed=bool(details.get("deepspeed")))
 
 
 def _xtuner_argv(run: RunDirectory, details: dict[str, Any]) -> list[str]:
@@ -121,8 +124,9 @@ def _xtuner_argv(run: RunDirectory, details: dict[str, Any]) -> list[str]:
     if details.get("deepspeed"):
         argv += ["--deepspeed", str(run.path / "deepspeed.json")]
         _write_deepspeed(run, details["deepspeed"])
-    if details.get("resume"):
-        argv += ["--resume", details["resume"]]
+    # Where a run goes on in its own folder, attempt.json says from what; run.json never changes.
+    if resume := read_attempt(run).get("resume") or details.get("resume"):
+        argv += ["--resume", resume]
     return argv
 
 
@@ -142,7 +146,7 @@ def _write_deepspeed(run: RunDirectory, name: str) -> None:
     _wait_for(run.path / "deepspeed.json")
 
 
-def _join_group(details: dict[str, Any]) -> None:
+def join_group(details: dict[str, Any]) -> None:
     """A process group even for one rank: XTuner's flash-attention code asks for the rank. DeepSpeed makes its own."""
     import torch
     from torch import distributed
@@ -154,7 +158,7 @@ def _join_group(details: dict[str, Any]) -> None:
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def _leave_group() -> None:
+def leave_group() -> None:
     from torch import distributed
 
     if distributed.is_initialized():

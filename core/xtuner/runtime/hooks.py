@@ -112,14 +112,15 @@ class StopHook(Hook):  # type: ignore[misc]
     priority = "LOWEST"
 
     def __init__(self, run: str, accumulation: int = 1) -> None:
-        self._file = Path(run) / "stop.request"
+        # The second is the batch file's, near the time limit of a Slurm job.
+        self._files = (Path(run) / "stop.request", Path(run) / "requeue.request")
         self._accumulation = accumulation
         self._seen_at: float | None = None
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Decide before the step, so that its loss carries the word to the other ranks."""
         del batch_idx, data_batch
-        if get_rank() != 0 or not self._file.exists():
+        if get_rank() != 0 or not any(file.exists() for file in self._files):
             return
         self._seen_at = self._seen_at or time.monotonic()
         # With several ranks the word is read one step after it was sent: send it one step before the window ends.

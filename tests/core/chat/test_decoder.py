@@ -30,12 +30,24 @@ def make_decoder(folder: Path, adapter: Path | None = None) -> Any:
     return Decoder(config, read_weights(folder, torch.float32, CPU, lambda _: None), pairs)
 
 
-def greedy(runner: Any, tokens: list[int], count: int, slot: int = 0, *, tuned: bool = True) -> list[int]:
+def begin(runner: Any, slot: int, tokens: list[int], *, tuned: bool = True, **settings: Any) -> int:
+    """Read a prompt and begin its answer; the first token."""
+    from core.chat.sampling import Sampler, Sampling
+
     logits = runner.read(slot, tokens, 0, tuned=tuned)
-    out = []
-    for at in range(count):
-        out.append(int(logits.argmax()))
-        logits = runner.step([slot], [out[-1]], [len(tokens) + at], [tuned])[0]
+    sampling = Sampling(**{"temperature": 0.0, **settings})
+    sampler = Sampler(sampling, VOCABULARY, tokens, CPU, runner.max_tokens)
+    first = sampler.choose(logits)
+    runner.begin(slot, first, len(tokens), tuned=tuned, sampler=sampler)
+    return first
+
+
+def decode(
+    runner: Any, tokens: list[int], count: int, slot: int = 0, *, tuned: bool = True, **settings: Any
+) -> list[int]:
+    first = begin(runner, slot, tokens, tuned=tuned, **settings)
+    out = [first, *(runner.start_step([slot]).tokens()[0] for _ in range(count - 1))]
+    runner.end(slot)
     return out
 
 
@@ -57,7 +69,8 @@ def generate(model: Any, tokens: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("family", WRITERS)
 @pytest.mark.parametrize("kind", ["ragged", "static"])
 def test_same_greedy_tokens_as_hf_generate(tmp_path: Path, family: str, kind: str) -> None:
-    from core.chat.runners import DecoderRunner, GraphRunner
+    from core.chat.graphs import GraphRunner
+    from core.chat.runners import DecoderRunner
 
     folder = WRITERS[family](tmp_path / family)
     make = DecoderRunner if kind == "ragged" else GraphRunner
@@ -65,7 +78,7 @@ def test_same_greedy_tokens_as_hf_generate(tmp_path: Path, family: str, kind: st
     model = reference(folder)
     for seed in range(4):
         tokens = prompt(5 + 40 * seed, seed)
-        assert greedy(runner, tokens, 40) == generate(model, tokens, 40)
+        assert decode(runner, tokens, 40) == generate(model, tokens, 40)
 
 
 def test_internlm2_as_llama_gives_the_logits_of_its_own_code(tmp_path: Path) -> None:
@@ -109,12 +122,13 @@ def test_internlm2_generates_what_a_loop_without_cache_does(tmp_path: Path) -> N
         for _ in range(20):
             logits = model(torch.tensor([tokens + expected]), use_cache=False).logits
             expected.append(int(logits[0, -1].argmax()))
-    assert greedy(DecoderRunner(make_decoder(folder), 1, 512, has_adapter=False), tokens, 20) == expected
+    assert decode(DecoderRunner(make_decoder(folder), 1, 512, has_adapter=False), tokens, 20) == expected
 
 
 @pytest.mark.parametrize("kind", ["ragged", "static"])
 def test_rows_of_a_batch_do_not_touch_each_other(tmp_path: Path, kind: str) -> None:
-    from core.chat.runners import DecoderRunner, GraphRunner
+    from core.chat.graphs import GraphRunner
+    from core.chat.runners import DecoderRunner
 
     folder = write_tiny_llama(tmp_path / "llama")
     decoder = make_decoder(folder)
@@ -122,22 +136,24 @@ def test_rows_of_a_batch_do_not_touch_each_other(tmp_path: Path, kind: str) -> N
     make = DecoderRunner if kind == "ragged" else GraphRunner
     runner = make(decoder, 4, 512, has_adapter=False)
     prompts = [prompt(9 + 7 * slot, slot) for slot in range(4)]
-    out = [[int(runner.read(slot, tokens, 0, tuned=True).argmax())] for slot, tokens in enumerate(prompts)]
+    out = [[begin(runner, slot, tokens)] for slot, tokens in enumerate(prompts)]
     for at in range(15):
-        slots = [0, 3] if at % 3 == 2 else [0, 1, 2, 3]  # some rows idle in some steps
-        positions = [len(prompts[slot]) + len(out[slot]) - 1 for slot in slots]
-        logits = runner.step(slots, [out[slot][-1] for slot in slots], positions, [True] * len(slots))
-        for slot, row in zip(slots, logits, strict=True):
-            out[slot].append(int(row.argmax()))
+        if at == 9:
+            runner.end(1)
+            runner.end(2)
+        slots = [0, 3] if at >= 9 else [0, 1, 2, 3]
+        for slot, token in zip(slots, runner.start_step(slots).tokens(), strict=True):
+            out[slot].append(token)
     for tokens, got in zip(prompts, out, strict=True):
-        assert got == greedy(alone, tokens, len(got))
+        assert got == decode(alone, tokens, len(got))
 
 
 @pytest.mark.parametrize("family", ["llama", "internlm2"])
 def test_an_adapter_is_switched_per_row(tmp_path: Path, family: str) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    from core.chat.runners import DecoderRunner, GraphRunner
+    from core.chat.graphs import GraphRunner
+    from core.chat.runners import DecoderRunner
 
     folder = (write_tiny_llama if family == "llama" else write_tiny_internlm2)(tmp_path / family)
     targets = (
@@ -159,12 +175,99 @@ def test_an_adapter_is_switched_per_row(tmp_path: Path, family: str) -> None:
         expected = tuned(torch.tensor([tokens]), use_cache=False).logits[0, -1]
         with tuned.disable_adapter():
             base = tuned(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-    for make in (DecoderRunner, GraphRunner):
-        runner = make(make_decoder(folder, tmp_path / "adapter"), 2, 512, has_adapter=True)
-        runner.read(0, tokens[:-1], 0, tuned=True)
-        runner.read(1, tokens[:-1], 0, tuned=False)
-        last = len(tokens) - 1
-        both = runner.step([0, 1], [tokens[-1]] * 2, [last, last], [True, False])
-        torch.testing.assert_close(both[0], expected, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(both[1], base, atol=1e-4, rtol=1e-3)
+    runner = DecoderRunner(make_decoder(folder, tmp_path / "adapter"), 2, 512, has_adapter=True)
+    runner.read(0, tokens[:-1], 0, tuned=True)
+    runner.read(1, tokens[:-1], 0, tuned=False)
+    last = len(tokens) - 1
+    both = runner.step([0, 1], [tokens[-1]] * 2, [last, last], [True, False])
+    torch.testing.assert_close(both[0], expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(both[1], base, atol=1e-4, rtol=1e-3)
     assert not torch.allclose(expected, base, atol=1e-2)
+    graphs = GraphRunner(make_decoder(folder, tmp_path / "adapter"), 2, 512, has_adapter=True)
+    answers = [[begin(graphs, slot, tokens, tuned=slot == 0)] for slot in (0, 1)]
+    for _ in range(10):
+        for answer, token in zip(answers, graphs.start_step([0, 1]).tokens(), strict=True):
+            answer.append(token)
+    assert answers == [decode(runner, tokens, 11, tuned=tuned) for tuned in (True, False)]
+
+
+SETTINGS = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"temperature": 1.5, "top_p": 0.95, "top_k": 40, "min_p": 0.02, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_same_seed_gives_the_same_tokens_on_the_host_and_in_a_graph(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    from core.chat.graphs import GraphRunner
+    from core.chat.runners import DecoderRunner
+
+    decoder = make_decoder(write_tiny_llama(tmp_path / "llama"))
+    hosted, graphs = DecoderRunner(decoder, 2, 512, has_adapter=False), GraphRunner(decoder, 2, 512, has_adapter=False)
+    expected = decode(hosted, prompt(), 30, seed=5, **settings)
+    assert decode(graphs, prompt(), 30, slot=1, seed=5, **settings) == expected
+    if settings["temperature"]:
+        assert decode(graphs, prompt(), 30, seed=6, **settings) != expected
+
+
+def test_an_answer_on_a_runner_that_runs_ahead_ends_where_it_should(tmp_path: Path) -> None:
+    """Stop tokens, length and the next turn's reuse, with a step on its way whenever an answer ends."""
+    import threading
+
+    from core.chat.generation import Answer, Engine
+    from core.chat.graphs import GraphRunner
+    from core.chat.runners import DecoderRunner
+    from core.chat.sampling import Sampling
+
+    decoder = make_decoder(write_tiny_llama(tmp_path / "llama"))
+    expected = decode(DecoderRunner(decoder, 1, 128, has_adapter=False), prompt(), 41)
+    engine = Engine(GraphRunner(decoder, 2, 64, has_adapter=False))
+
+    def ask(tokens: list[int], stop: frozenset[int], longest: int | None) -> tuple[list[int], str, Answer]:
+        out: list[int] = []
+        ended, reasons = threading.Event(), []
+
+        def on_end(reason: str) -> None:
+            reasons.append(reason)
+            ended.set()
+
+        answer = Answer(tokens, Sampling(temperature=0.0, max_tokens=longest), stop, out.append, on_end)
+        engine.submit(answer)
+        assert ended.wait(20)
+        return out, reasons[0], answer
+
+    try:
+        assert ask(prompt(), frozenset(), 10)[:2] == (expected[:10], "length")
+        end = expected.index(expected[7])
+        assert ask(prompt(), frozenset({expected[7]}), None)[:2] == (expected[:end], "stop")
+        assert ask(prompt(), frozenset(), None)[:2] == (expected[: 64 - len(prompt())], "length")
+        out, _, answer = ask(prompt() + expected[:5], frozenset(), 5)
+        assert out == expected[5:10]
+        assert answer.cached_tokens >= len(prompt()) + 4
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("held", ["bfloat16", "float32"])
+def test_bfloat16_on_the_cpu_is_what_transformers_computes(tmp_path: Path, held: str) -> None:
+    """Packed weights where the machine has them; and only weights that are bfloat16 are taken so without being asked."""
+    from core.chat.decoder import Decoder, can_pack
+    from core.chat.loading import choose_dtype
+    from core.chat.runners import DecoderRunner
+    from core.chat.weights import read_config, read_weights
+
+    folder = write_tiny_llama(tmp_path / "llama", dtype=held)
+    config = read_config(folder)
+    assert config is not None
+    decoder = Decoder(config, read_weights(folder, torch.bfloat16, CPU, lambda _: None))
+    assert decoder.head.is_packed == can_pack(torch.bfloat16, CPU)
+    got = DecoderRunner(decoder, 1, 512, has_adapter=False).read(0, prompt(), 0, tuned=True)
+    with torch.no_grad():
+        expected = reference(folder)(torch.tensor([prompt()]), use_cache=False).logits[0, -1]
+    assert float((got.float() - expected).norm() / expected.norm()) < 0.02
+    chosen = choose_dtype("auto", CPU, folder)
+    assert chosen == torch.float32 or (held == "bfloat16" and decoder.head.is_packed)

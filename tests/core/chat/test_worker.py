@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import signal
 import stat
 import threading
 import time
@@ -18,6 +20,7 @@ from core.chat.client import (
     Worker,
     find_workers,
     list_models,
+    read_prompt,
     read_worker,
     start_worker,
     stop_worker,
@@ -26,6 +29,7 @@ from core.chat.client import (
 from core.errors import DanluError, InputError, JobError
 from core.files import read_json
 from core.project import Project, open_project
+from core.runs.directory import RunDirectory
 from core.runs.state import Phase
 from tests.core.chat.conftest import wait_for
 from tests.models import write_tiny_llama
@@ -74,7 +78,8 @@ def test_it_says_what_it_is(worker: Worker) -> None:
 
 
 def test_the_official_client(worker: Worker) -> None:
-    openai = pytest.importorskip("openai")
+    import openai
+
     endpoint = worker.endpoint()
     client = openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.key, max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
@@ -176,6 +181,32 @@ def test_the_next_turn_reuses_what_was_read(worker: Worker) -> None:
     assert again.usage["timings"]["first_token_seconds"] > 0
 
 
+def test_the_prompt_is_shown_as_it_is_given(worker: Worker) -> None:
+    messages = [{"role": "user", "content": "hi <|im_end|>"}]
+    prompt = read_prompt(worker.endpoint(), messages)
+    assert "<|im_start|>user\nhi <|im_end|><|im_end|>\n<|im_start|>assistant\n" in prompt["text"]
+    reply = ask(worker.endpoint(), messages[0]["content"], max_tokens=1)
+    assert prompt["tokens"] == reply.usage["prompt_tokens"]
+    assert prompt["is_same"] is False, "training puts a BOS before it, the tokenizer's own template does not"
+    assert prompt["own_text"] in prompt["text"]
+    with pytest.raises(DanluError, match=r"chat\.bad_message"):
+        read_prompt(worker.endpoint(), [{"role": "wizard", "content": "x"}])
+
+
+def test_a_long_chat_reads_only_what_is_new(worker: Worker) -> None:
+    """Thirty turns: what a turn has to read does not grow with what was said before."""
+    endpoint, messages, fresh = worker.endpoint(), [], []
+    for number in range(30):
+        messages.append({"role": "user", "content": f"question {number}"})
+        reply = Reply()
+        list(stream_chat(endpoint, messages, {"temperature": 0, "max_tokens": 8}, reply))
+        messages.append({"role": "assistant", "content": reply.text})
+        usage = reply.usage
+        fresh.append(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"])
+    assert usage["prompt_tokens"] > 800
+    assert max(fresh[1:]) < 120, fresh
+
+
 def test_stop_words_end_the_answer(worker: Worker) -> None:
     endpoint = worker.endpoint()
     free = ask(endpoint, "hello", max_tokens=60).text
@@ -236,3 +267,71 @@ def test_a_folder_without_weights_is_explained(tmp_path: Path) -> None:
     assert read_json(run.error_file)["code"] == "chat.no_weights"
     with pytest.raises(InputError, match="no_model"):
         start_worker(project, tmp_path)
+
+
+def ended(run: RunDirectory, seconds: float = 20.0) -> Worker:
+    """The worker of `run` once it has ended."""
+    deadline = time.monotonic() + seconds
+    while (found := read_worker(run)).status.phase.is_active:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def test_nobody_asks_and_it_goes(tmp_path: Path) -> None:
+    project = open_project(tmp_path)
+    run = start_worker(project, write_tiny_llama(project.model / "llama"), idle_seconds=0.5)
+    assert wait_for(run).served
+    assert ended(run).status.phase is Phase.FINISHED
+    assert not (run.path / "endpoint.json").exists()
+
+
+def test_an_idle_worker_gives_its_card_to_who_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DANLU_DEVICES", str(tmp_path / "devices"))
+    project = open_project(tmp_path)
+    folder = write_tiny_llama(project.model / "llama")
+    first = start_worker(project, folder, name="first", gpus=["GPU-of-a-test"])
+    assert wait_for(first).served
+    second = start_worker(project, folder, name="second", gpus=["GPU-of-a-test"])
+    try:
+        assert read_worker(second).served is None
+        assert ended(first).status.phase is Phase.FINISHED
+        assert wait_for(second).served
+    finally:
+        stop_worker(second)
+        ended(second)
+
+
+def test_a_worker_that_the_kernel_kills_takes_nothing_with_it(worker: Worker, tmp_path: Path) -> None:
+    """As when memory runs out: the others go on, and it is known what happened."""
+    project = open_project(tmp_path)
+    run = start_worker(project, write_tiny_llama(project.model / "llama"))
+    victim = wait_for(run)
+    assert victim.served
+    assert int(Path(f"/proc/{victim.served['pid']}/oom_score_adj").read_text()) == 800, "the kernel takes it first"
+    endpoint = victim.endpoint()
+    stream = stream_chat(
+        endpoint, [{"role": "user", "content": "hi"}], {"max_tokens": 1500, "ignore_eos": True}, Reply()
+    )
+    next(stream)
+    os.kill(victim.served["pid"], signal.SIGKILL)
+    with pytest.raises(JobError, match=r"chat\.unreachable|chat\.cut_off"):
+        list(stream)
+    status = ended(run).status
+    assert (status.phase, status.signal) == (Phase.FAILED, signal.SIGKILL)
+    assert find_workers(project) == []
+    assert ask(worker.endpoint(), "hi").usage["completion_tokens"] > 0
+
+
+def test_a_model_that_cannot_fit_says_how_much_is_short(tmp_path: Path) -> None:
+    project = open_project(tmp_path)
+    folder = write_tiny_llama(project.model / "llama")
+    with open(folder / "more.safetensors", "wb") as sparse:
+        sparse.truncate(2**41)
+    run = start_worker(project, folder)
+    assert wait_for(run).status.phase is Phase.FAILED
+    error = read_json(run.error_file)
+    assert error["code"] == "chat.not_enough_memory"
+    assert error["params"]["short_gib"] == pytest.approx(
+        error["params"]["needed_gib"] - error["params"]["free_gib"], abs=0.2
+    )

@@ -1,6 +1,7 @@
-"""Small DeepSpeed trainings for the reshape tests: `torchrun zero_training.py OPTIONS.json`, gloo on CPU.
+"""Small DeepSpeed trainings for the reshape tests, gloo on CPU: a server, since importing DeepSpeed takes longer than training.
 
-The file holds a list of trainings, done one after the other. Every rank computes the same global batches and takes its
+Each line of stdin is `{"ranks", "port", "trainings": […]}`: that many processes are forked and do the trainings one after the
+other; the answer is a line with their exit codes. Every rank computes the same global batches and takes its
 own rows, so the loss of a step does not depend on the number of ranks beyond the order of additions. Options: stage,
 steps, resume (folder or null), save_at, save_to, dtype (fp32 | bf16; DeepSpeed has no fp16 on CPU), groups (1 | 2), lora,
 exclude_frozen, offload, sub_group_size, result.
@@ -9,6 +10,7 @@ exclude_frozen, offload, sub_group_size, result.
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import deepspeed
@@ -119,6 +121,34 @@ def main(options: dict) -> None:
         Path(options["result"]).write_text(json.dumps(losses), encoding="utf-8")
 
 
+def run_ranks(order: dict) -> list[int]:
+    """Fork the ranks of one order; their exit codes. Nothing here has started a thread or a group before the fork."""
+    children = []
+    for rank in range(order["ranks"]):
+        child = os.fork()
+        if child == 0:
+            work(rank, order)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def work(rank: int, order: dict) -> None:
+    """The life of one forked rank."""
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["ranks"], "MASTER_PORT": order["port"]}
+    os.environ.update({name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    code = 1
+    try:
+        for training in order["trainings"]:
+            main(training)
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    for training in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        main(training)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What DeepSpeed prints is no answer.
+    for line in sys.stdin:
+        print(json.dumps(run_ranks(json.loads(line))), file=answers, flush=True)

@@ -31,6 +31,11 @@ def good(number: int = 0) -> dict[str, Any]:
     return chat(("user", f"Question {number}?"), ("assistant", f"Answer {number}."))
 
 
+def asked(escaped: str) -> str:
+    """A row with this JSON text as its question."""
+    return f'{{"messages": [{{"role": "user", "content": "{escaped}"}}, {{"role": "assistant", "content": "b"}}]}}'
+
+
 U, A, S = ("user", "Hi"), ("assistant", "Hello"), ("system", "Be kind")
 
 
@@ -67,6 +72,12 @@ def turn(**values: Any) -> dict[str, Any]:
 HUMAN, GPT = ("human", "Hi"), ("gpt", "Hello")
 OK_ROW = json.dumps(good(1))
 
+
+def repeating(members: str) -> str:
+    """A good row with these members before it."""
+    return f"{{{members}, {json.dumps(good(7))[1:]}"
+
+
 CASES = [
     # the file itself
     Case("empty", "empty.jsonl", b"", {"empty_file": 1}),
@@ -82,6 +93,7 @@ CASES = [
     Case("utf16_list", "wide.json", ("[" + OK_ROW + "]").encode("utf-16"), {"encoding": 1}, 1),
     Case("gbk_csv", "gbk.csv", "问题,答案\n你好,您好\n".encode("gb18030"), {"encoding": 1}, 1),
     Case("gbk_jsonl", "gbk.jsonl", lines(chat(("user", "你好"), ("assistant", "您好"))).decode().encode("gb18030"), {"encoding": 1}, 1),
+    Case("gbk_repeated_key", "gbk.jsonl", repeating('"x": "你好", "x": "你好"').encode("gb18030"), {"encoding": 1, "repeated_key": 1}, 1),
     Case("bad_bytes_in_one_line", "bytes.jsonl", lines(good(1)) + b'\n{"messages": "\xff\xfe"}\n' + lines(good(2)), {"not_utf8": 2}, 2),
     Case("bad_bytes_in_list", "bytes.json", b"[" + lines(good(1)) + b',\n"\xff\xfe"]', {"not_utf8": 2}, 1),
     Case("unknown_columns", "odd.jsonl", lines({"a": 1, "b": 2}), {"unknown_format": 1}),
@@ -98,6 +110,11 @@ CASES = [
     Case("deep_nesting", "deep.jsonl", lines(good(1), "[" * 100_000, good(2)), {"too_deep": 2}, 2),
     Case("deep_list", "deep.json", b"[" + lines(good(1)) + b",\n" + b"[" * 100_000 + b"]", {"too_deep": 2}, 1),
     Case("repeated_key", "twice.jsonl", lines(good(1), '{"messages": [], ' + OK_ROW[1:], good(3)), {"repeated_key": 2}, 2),
+    row_case("repeated_key_beside", repeating('"x": 1, "x": 2'), {"repeated_key": 2}, 1),
+    row_case("repeated_key_inside", repeating('"x": {"y": 1, "y": 2}'), {"repeated_key": 2}, 1),
+    row_case("repeated_role", OK_ROW.replace('"role"', '"role": "system", "role"', 1), {"repeated_key": 2}),
+    row_case("repeated_key_escaped", repeating('"x": 1, "\\u0078": 2'), {"repeated_key": 2}, 1),
+    row_case("repeated_word_is_no_key", chat(("user", 'Say "role": or "x"'), ("assistant", "role"), x=1), {}, 1),
     Case("blank_lines", "blank.jsonl", lines(good(1), "", "", good(2)), {"blank_line": 2}, 2),
     Case("list_breaks_off", "cut.json", b"[" + lines(good(1)) + b",\n" + lines(good(2))[:30], {"cut_off": 2}, 1),
     Case("list_never_closed", "open.json", b"[" + lines(good(1)) + b"\n", {"cut_off": 2}, 1),
@@ -155,6 +172,9 @@ CASES = [
     row_case("nul", chat(("user", "a\x00b"), A), {"null_byte": 2}, 1),
     row_case("mojibake", chat(("user", "a\ufffdb"), A), {"damaged_text": 2}, 1),
     row_case("template_mark", chat(U, ("assistant", "Hi<|im_end|>")), {"template_tokens": 2}, 1),
+    row_case("template_mark_in_brackets", chat(("user", "[INST] Hi [/INST]"), A), {"template_tokens": 2}, 1),
+    row_case("mojibake_escaped", asked("\\ufffd"), {"damaged_text": 2}, 1),
+    row_case("nul_after_a_backslash", asked("\\\\\\n\\u0000"), {"null_byte": 2}, 1),
     # loss
     row_case("loss_on_some", losing(True), {"mixed_loss": 1}, 1),
     row_case("loss_text", losing("true"), {"loss_not_bool": 2}, 1),

@@ -225,6 +225,8 @@ def test_lengths_are_measured_once_and_kept(project: Project):
     assert summary.rows == 20
     assert summary.truncated_rows > 0
     assert kept.summary(3).dropped_rows == 20
+    assert kept.dropped_lines(3) == list(range(1, 21))
+    assert kept.dropped_lines(10_000) == []
     assert sum(rows for _, _, rows in kept.histogram()) == 20
     path.write_bytes(lines(good(1)))
     assert load_lengths(project, path, project.model, template) is None

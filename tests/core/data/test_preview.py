@@ -3,6 +3,8 @@
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import pytest
 from core.data.arithmetic import pack
 from core.data.formats import CANONICAL, Format, dataset_map_fn_for
 from core.data.preview import measure_rows, training_segments, training_tokens_of
-from core.data.tokenizer import load_tokenizer
+from core.data.tokenizer import export_tokenizer, load_tokenizer
 from core.errors import InputError
+from core.models.remote_code import allow
 from core.project import Project, open_project
+from core.runs.job import SilentProgress
 from core.xtuner.templates import PromptTemplate, prompt_templates
-from tests.models import write_tokenizer
+from tests.models import write_tiny_internlm2, write_tokenizer
 
 MESSAGES: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Danlu."}]},
@@ -85,6 +89,17 @@ def ours(
     return seen
 
 
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """`os.environ` stays the object it is: datasets puts a copy in its place, and what holds the old one would be misled."""
+    before = os.environ
+    try:
+        yield
+    finally:
+        os.environ = before  # noqa: B003 - the very object is meant
+        os.environ.pop("HF_HUB_OFFLINE", None)
+
+
 def theirs(
     project: Project,
     rows: list[Any],
@@ -93,8 +108,8 @@ def theirs(
     max_length: int,
     packs: bool = False,
 ) -> list[dict[str, Any]]:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), kept_environment():
+        os.environ["HF_HUB_OFFLINE"] = "1"
         warnings.simplefilter("ignore")
         import datasets
         from mmengine.config import ConfigDict
@@ -228,3 +243,11 @@ def test_no_tokenizer_and_a_broken_one(project: Project):
     file.unlink()
     with pytest.raises(InputError, match=r"data\.no_tokenizer"):
         load_tokenizer(project, project.model)
+
+
+def test_tokenizer_code_runs_only_with_consent(project: Project):
+    folder = write_tiny_internlm2(project.model / "internlm2")
+    with pytest.raises(InputError, match=r"models\.code_not_allowed"):
+        export_tokenizer(str(project.root), str(folder), SilentProgress())
+    allow(project, folder)
+    assert Path(export_tokenizer(str(project.root), str(folder), SilentProgress())["path"]).is_file()

@@ -11,8 +11,8 @@ from core.data.convert import convert
 from core.data.findings import CODES, Report, Severity
 from core.data.formats import CANONICAL, Format
 from core.data.reader import sniff
-from core.data.rows import parse_row
-from core.data.validate import split_at_lines, validate
+from core.data.rows import is_plainly_good, parse_row
+from core.data.validate import _is_plain_line, split_at_lines, validate
 from core.errors import InputError
 from core.project import open_project
 from tests.core.data.corpus import CASES, Case, good, lines
@@ -183,3 +183,30 @@ def test_streamed_lists_agree_with_json(tmp_path: Path, text: str):
         assert report.findings
     else:
         assert report.rows == len(value)
+
+
+_PIECES = st.sampled_from(
+    ["a", "你好", " ", "\n", '"', "\\", "<", ">", "<|im_end|>", "[INST]", "\x00", "\ufffd", "\ud800", "</s>", "/"]
+)
+_TURN_LISTS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["system", "user", "assistant", "user", "assistant", "tool"]),
+            "content": st.lists(_PIECES, max_size=4).map("".join),
+        }
+    ),
+    max_size=5,
+)
+
+
+@given(turns=_TURN_LISTS, is_ascii=st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_quick_look_never_overlooks_what_the_close_look_finds(turns: list[dict[str, str]], is_ascii: bool):
+    """Rows that the check waves through have nothing that the parser would speak of."""
+    text = json.dumps({"messages": turns}, ensure_ascii=is_ascii)
+    raw = text.encode("utf-8", "surrogatepass")
+    value = json.loads(text)
+    if is_plainly_good(value) and _is_plain_line(raw, value):
+        parsed = parse_row(value, Format.MESSAGES, CANONICAL[Format.MESSAGES])
+        assert parsed.problems == []
+        assert parsed.messages == turns

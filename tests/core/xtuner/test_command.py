@@ -18,6 +18,7 @@ def test_environment_of_a_cpu_run() -> None:
     assert env["CUDA_VISIBLE_DEVICES"] == ""
     assert env["DS_ACCELERATOR"] == "cpu"
     assert env["OMP_NUM_THREADS"] == "4"
+    assert env["OMP_WAIT_POLICY"] == "passive"
     assert env["HF_HUB_OFFLINE"] == "1"
     assert env["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert env["PYTHONPATH"].split(":")[0] == str(command.APP_ROOT)
@@ -27,6 +28,7 @@ def test_environment_of_a_gpu_run() -> None:
     env = command.training_env(gpus=("GPU-a", "GPU-b"), world_size=2, is_local=False, cpu_count=64)
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
     assert "DS_ACCELERATOR" not in env
+    assert "OMP_WAIT_POLICY" not in env
     assert "HF_HUB_OFFLINE" not in env, "a model of the hub must be reachable"
     assert env["OMP_NUM_THREADS"] == "8"
 

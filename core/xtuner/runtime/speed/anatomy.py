@@ -1,6 +1,6 @@
 """Finds the parts of a causal language model (InternLM2, Llama, Qwen2, Mistral; plain or under peft) that the fast pass computes with.
 
-Reads module names and shapes; changes nothing. What it does not know, it names in `Unsupported`.
+Reads module names and shapes; changes nothing. What it does not know, it names in an UnsupportedModelError.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from torch import nn
 
+from core.i18n import catalog
+from core.messages import Message, message
 from core.xtuner.runtime.speed.linear import Adapter, LinearGroup
 from core.xtuner.runtime.speed.weights import FrozenWeight, is_4bit
 
@@ -16,7 +18,11 @@ _INTERNLM2: Final = "InternLM2ForCausalLM"
 
 
 class UnsupportedModelError(Exception):
-    """This model cannot take the fast pass; the text says why."""
+    """This model cannot take the fast pass; `why` says why not."""
+
+    def __init__(self, why: Message) -> None:
+        super().__init__(catalog("en").say(why))
+        self.why = why
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +76,14 @@ class Decoder:
 
 def read_decoder(llm: nn.Module) -> Decoder:
     """The decoder inside `llm` (a causal model or a PeftModel around one). Raises UnsupportedModelError."""
-    causal = llm.get_base_model() if hasattr(llm, "get_base_model") else llm  # type: ignore[operator]
+    causal = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
     kind = type(causal).__name__
     config: Any = causal.config
     if kind not in _LLAMA_FAMILY | {_INTERNLM2}:
-        raise UnsupportedModelError(f"architecture {kind}")
+        raise UnsupportedModelError(message("speed.left.architecture", name=kind))
     _check(config)
+    if any(hasattr(parameter, "ds_tensor") for parameter in llm.parameters()):
+        raise UnsupportedModelError(message("speed.left.zero3"))
     is_internlm2 = kind == _INTERNLM2
     numbers = iter(range(10**6))
     body: Any = causal.model
@@ -103,23 +111,23 @@ def read_decoder(llm: nn.Module) -> Decoder:
 def _check(config: Any) -> None:
     activation = getattr(config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(f"activation {activation}")
+        raise UnsupportedModelError(message("speed.left.activation", name=str(activation)))
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True):
-        raise UnsupportedModelError(f"sliding window of {window} tokens")
+        raise UnsupportedModelError(message("speed.left.sliding_window", tokens=window))
     if getattr(config, "attention_dropout", 0.0):
-        raise UnsupportedModelError("dropout in attention")
+        raise UnsupportedModelError(message("speed.left.attention_dropout"))
     if getattr(config, "pretraining_tp", 1) > 1:
-        raise UnsupportedModelError("pretraining_tp > 1")
+        raise UnsupportedModelError(message("speed.left.pretraining_tp"))
 
 
 def _check_trained(llm: nn.Module, decoder: Decoder) -> None:
     known = {id(parameter) for parameter in decoder.parameters}
     for name, parameter in llm.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
-            raise UnsupportedModelError(f"trained outside an adapter: {name}")
+            raise UnsupportedModelError(message("speed.left.trained_outside", name=name))
     if not known:
-        raise UnsupportedModelError("no adapter")
+        raise UnsupportedModelError(message("speed.left.no_adapter"))
 
 
 def _internlm2_layer(layer: Any, numbers: Any) -> Layer:
@@ -154,13 +162,13 @@ def _group(numbers: Any, *modules: Any) -> LinearGroup:
     bases = [module.base_layer if hasattr(module, "base_layer") else module for module in modules]
     for base in bases:
         if not is_4bit(base) and type(base) is not nn.Linear:
-            raise UnsupportedModelError(f"layer {type(base).__name__}")
+            raise UnsupportedModelError(message("speed.left.layer", name=type(base).__name__))
     if len({is_4bit(base) for base in bases}) > 1:
-        raise UnsupportedModelError("a mix of 4-bit and plain layers on one input")
+        raise UnsupportedModelError(message("speed.left.mixed_layers"))
     try:
         return LinearGroup(FrozenWeight(bases), adapters, next(numbers))
     except ValueError as error:
-        raise UnsupportedModelError(str(error)) from error
+        raise UnsupportedModelError(message("speed.left.unlike_adapters")) from error
 
 
 def _adapter(module: Any) -> Adapter | None:
@@ -168,15 +176,15 @@ def _adapter(module: Any) -> Adapter | None:
         return None
     active = list(module.active_adapters)
     if len(active) != 1 or active[0] not in getattr(module, "lora_A", {}):
-        raise UnsupportedModelError(f"adapter {type(module).__name__} with {active}")
+        raise UnsupportedModelError(message("speed.left.adapter", name=", ".join(active)))
     name = active[0]
     if getattr(module, "lora_variant", {}).get(name) is not None or getattr(module, "use_dora", {}).get(name):
-        raise UnsupportedModelError("a LoRA variant (DoRA or similar)")
+        raise UnsupportedModelError(message("speed.left.lora_variant"))
     if getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
-        raise UnsupportedModelError("an adapter that is merged or switched off")
+        raise UnsupportedModelError(message("speed.left.adapter_off"))
     pair_b = module.lora_B[name]
     if pair_b.bias is not None or getattr(module, "fan_in_fan_out", False):
-        raise UnsupportedModelError("LoRA with bias or transposed weights")
+        raise UnsupportedModelError(message("speed.left.lora_bias"))
     probability = module.lora_dropout[name]
     return Adapter(
         a=module.lora_A[name].weight,

@@ -46,7 +46,9 @@ class RotaryTable:
         """(2, positions, dim) in fp32 for positions 0 … longest_position at least."""
         if self._table is None or self._table.shape[1] <= longest_position or self._table.device != device:
             known = 0 if self._table is None else self._table.shape[1]
-            count = max(longest_position + 1, min(2 * known, 4096), 256)
+            # Never longer than needed beyond what the model was made for: dynamic scaling would change every position.
+            limit = int(getattr(self._decoder.config, "max_position_embeddings", 256))
+            count = max(longest_position + 1, min(max(2 * known, 256), limit))
             with torch.no_grad():
                 positions = torch.arange(count, device=device)[None]
                 cos, sin = self._decoder.rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)

@@ -4,48 +4,40 @@ A part that this model, config or device cannot take is left out with one line i
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MethodType
 from typing import Any, Final
 
 import torch
 from mmengine.hooks import Hook
-from torch import nn
+from torch import distributed
 
 from core.files import write_json
-from core.xtuner.runtime.speed import memory, parts
-from core.xtuner.runtime.speed.anatomy import Decoder, UnsupportedModelError, read_decoder
-from core.xtuner.runtime.speed.attention import has_varlen_flash
-from core.xtuner.runtime.speed.backend import has_triton
-from core.xtuner.runtime.speed.batches import Pass
-from core.xtuner.runtime.speed.decoder import FastPass, PassOptions
+from core.messages import Message, message
+from core.xtuner.runtime.speed import parts
+from core.xtuner.runtime.speed.anatomy import UnsupportedModelError
+from core.xtuner.runtime.speed.apply import apply
+from core.xtuner.runtime.speed.batches import without_bounds
 from core.xtuner.runtime.speed.parts import PartReport, Reports, Wish
-from core.xtuner.runtime.speed.step import GroupedStep, LookAhead
+from core.xtuner.runtime.speed.step import EngineStep, GroupedStep, LookAhead, PlainStep
 
-REPORT_FILE: Final = "speed.json"
-_TOKENS_PER_PASS: Final = 16384
-"""More does not run faster on an H200: the matrix products are large enough by then."""
+_LOOPS: Final = ("TrainLoop", "IterBasedTrainLoop")
+"""XTuner's and mmengine's loops that take one batch after the other."""
 
 
-def prepare(config: Any, wish: Wish) -> None:
+def prepare(config: Any, wish: Wish, *, has_deepspeed: bool = False) -> None:
     """Change the loaded mmengine config in place, before the runner is built. Does nothing if no part is asked for."""
     if not wish.parts:
         return
-    kept_bounds = parts.BLOCK_ATTENTION in wish and _keep_bounds(config)
+    kept_bounds = {parts.FAST_PASS, parts.BLOCK_ATTENTION} <= wish.parts and _keep_bounds(config)
     optimizer = config.optim_wrapper.get("optimizer", {})
-    fused = parts.OPTIMIZER in wish and _can_fuse(config, optimizer)
+    fused = parts.OPTIMIZER in wish and not has_deepspeed and _can_fuse(config, optimizer)
     if fused:
         optimizer["fused"] = True
     hook = {
         "type": "core.xtuner.runtime.speed.install.SpeedHook",
-        "wish": json.dumps(
-            {
-                "parts": sorted(wish.parts),
-                "tokens_per_pass": wish.tokens_per_pass,
-                "memory_limit_bytes": wish.memory_limit_bytes,
-            }
-        ),
+        "wish": json.dumps(wish.to_json()),
         "kept_bounds": kept_bounds,
         "fused_optimizer": fused,
         # Before every other hook's before_train: samples are generated there.
@@ -55,7 +47,7 @@ def prepare(config: Any, wish: Wish) -> None:
 
 
 def _can_fuse(config: Any, optimizer: Any) -> bool:
-    """Whether torch's one-kernel AdamW can stand in: AdamW itself, on a GPU, not under DeepSpeed."""
+    """Whether torch's one-kernel AdamW can stand in: AdamW itself, on a GPU."""
     is_adamw = _name(optimizer.get("type")).split(".")[-1] == "AdamW"
     return is_adamw and torch.cuda.is_available() and config.get("strategy") is None
 
@@ -64,11 +56,12 @@ def _keep_bounds(config: Any) -> bool:
     """Ask XTuner's packer for the samples' bounds, and collate with them. Whether every training set could."""
     loader = config.train_dataloader
     collate = loader.get("collate_fn") or {}
-    if not _name(collate.get("type")).endswith("default_collate_fn") or collate.get("use_varlen_attn"):
+    if _name(config.train_cfg.get("type")).split(".")[-1] not in _LOOPS:
         return False
-    if config.get("sequence_parallel_size", 1) > 1:
+    is_plain = _name(collate.get("type")).endswith("default_collate_fn") and not collate.get("use_varlen_attn")
+    if not is_plain or config.get("sequence_parallel_size", 1) > 1:
         return False
-    sets = list(_datasets(loader.dataset))
+    sets = list(packable_sets(loader.dataset))
     if not sets or not all(dataset.get("pack_to_max_length", True) for dataset in sets):
         return False
     for dataset in sets:
@@ -77,17 +70,17 @@ def _keep_bounds(config: Any) -> bool:
     return True
 
 
-def _datasets(node: Any) -> Any:
+def packable_sets(node: Any) -> Iterator[Any]:
     """Every `process_hf_dataset` in a dataset config."""
     if isinstance(node, Mapping):
         if _name(node.get("type")).endswith("process_hf_dataset"):
             yield node
             return
         for value in node.values():
-            yield from _datasets(value)
+            yield from packable_sets(value)
     elif isinstance(node, list | tuple):
         for value in node:
-            yield from _datasets(value)
+            yield from packable_sets(value)
 
 
 def _name(kind: Any) -> str:
@@ -104,183 +97,109 @@ class SpeedHook(Hook):
         self.wish = Wish.from_json(json.loads(wish))
         self.kept_bounds = kept_bounds
         self.fused_optimizer = fused_optimizer
+        self._reports = Reports(self.wish)
 
     def before_train(self, runner: Any) -> None:
-        reports = Reports(self.wish)
+        why = self._apply(runner)
+        reports = self._reports
+        if why is not None:  # what was said of single parts before it failed does not hold
+            reports = Reports(self.wish)
         if self.fused_optimizer:
             reports.on(parts.OPTIMIZER)
         elif parts.OPTIMIZER in self.wish:
-            reports.off(parts.OPTIMIZER, "needs AdamW on a GPU without DeepSpeed")
+            reports.off(parts.OPTIMIZER, message("speed.left.optimizer"))
+        self._report(runner, reports.finish(why or message("speed.left.no_fast_pass")))
+
+    def _apply(self, runner: Any) -> Message | None:
+        """Why the model was left as it is, on every rank if on one; None if it was not."""
+        loop = runner.train_loop
+        if not hasattr(loop, "dataloader_iterator"):
+            return message("speed.left.other_loop")
+        loop.dataloader_iterator = loader = LookAhead(iter(loop.dataloader_iterator))
+        step, why = self._step(runner, loader)
+        group = agree(0 if step is None else step.group)
+        if step is not None and group:
+            step.group = group
+            runner.model.train_step = step
+            return None
+        if self.kept_bounds:
+            # The model computes as before, so the batches must be as before.
+            loop.dataloader_iterator = map(without_bounds, loader)
+        return why or message("speed.left.other_rank")
+
+    def _step(self, runner: Any, loader: LookAhead) -> tuple[GroupedStep | None, Message | None]:
         try:
-            why = ""
-            apply_to_runner(runner, self.wish, reports, kept_bounds=self.kept_bounds)
+            return make_step(runner, loader, self.wish, self._reports, kept_bounds=self.kept_bounds), None
         except UnsupportedModelError as error:
-            why = str(error)
-        finished = reports.finish(why or "the fast pass is not in use")
+            return None, error.why
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost a person the run
+            traceback.print_exc()
+            return None, message("speed.left.trial_failed", error=f"{type(error).__name__}: {error}"[:200])
+
+    def _report(self, runner: Any, finished: Sequence[PartReport]) -> None:
         for report in finished:
             runner.logger.info(report.line())
         if runner.rank == 0:
-            write_json(Path(runner.work_dir) / REPORT_FILE, [report.to_json() for report in finished])
+            write_json(Path(runner.work_dir) / parts.REPORT_FILE, [report.to_json() for report in finished])
 
 
-def apply_to_runner(runner: Any, wish: Wish, reports: Reports, *, kept_bounds: bool) -> None:
-    """Apply what needs the built run. Raises UnsupportedModelError if the fast pass cannot be used at all."""
+def agree(value: int) -> int:
+    """The least of all ranks: each must take as many passes as the others, for some exchange gradients in every one."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return value
+    told = torch.tensor(value, device="cuda" if torch.cuda.is_available() else "cpu")
+    distributed.all_reduce(told, distributed.ReduceOp.MIN)
+    return int(told)
+
+
+def make_step(runner: Any, loader: LookAhead, wish: Wish, reports: Reports, *, kept_bounds: bool) -> GroupedStep:
+    """Apply what needs the built run; what takes its steps. Raises UnsupportedModelError if the fast pass cannot be used at all."""
     if parts.FAST_PASS not in wish:
-        return
-    if type(runner).__name__ != "Runner":
-        raise UnsupportedModelError("DeepSpeed: its engine drives the steps itself")
+        raise UnsupportedModelError(message("speed.left.no_fast_pass"))
     from xtuner.parallel.sequence import get_sequence_parallel_world_size
 
     if get_sequence_parallel_world_size() > 1:
-        raise UnsupportedModelError("sequence parallelism")
-    wrapped = runner.model
-    model = wrapped.module if hasattr(wrapped, "module") else wrapped
-    wrapper = runner.optim_wrapper
-    dtype = getattr(wrapper, "cast_dtype", None)
-    if dtype is None and hasattr(wrapper, "loss_scaler"):
-        dtype = torch.float16  # what autocast takes on a GPU when nothing is named
-    loader = LookAhead(iter(runner.train_loop.dataloader_iterator))
-    batch = loader.upcoming(1)[0]["data"]
-    micro_tokens = int(batch["input_ids"].numel())
-    fast = apply(
-        model,
-        dtype=dtype,
-        wish=wish,
-        reports=reports,
-        micro_tokens=micro_tokens,
-        accumulation=wrapper._accumulative_counts,
+        raise UnsupportedModelError(message("speed.left.sequence_parallel"))
+    wrapper, wrapped = runner.optim_wrapper, runner.model
+    engine = wrapper.model.model if hasattr(wrapper, "model") else None
+    held = wrapped if engine is None else engine
+    model = held.module if hasattr(held, "module") else held
+    upcoming = loader.upcoming(1)
+    if not upcoming:
+        raise UnsupportedModelError(message("speed.left.no_data"))
+    batch = upcoming[0]["data"]
+    accumulation = wrapper._accumulative_counts if engine is None else engine.gradient_accumulation_steps()
+    applied = apply(
+        model, dtype=_autocast_dtype(wrapper), wish=wish, reports=reports, batch=batch, accumulation=accumulation
     )
+    step: type[GroupedStep] = PlainStep if engine is None else EngineStep
+    return step(
+        held,
+        wrapper,
+        loader,
+        group=max(1, applied.tokens_per_pass // int(batch["input_ids"].numel())) if parts.GROUPED in wish else 1,
+        by_sample=_report_bounds(batch, reports, kept_bounds=kept_bounds),
+        device=next(model.parameters()).device,
+        seed=lambda: (runner.seed * 1000003 + runner.rank * 7919 + int(runner.train_loop.iter)) % 2**31,
+        tighten=applied.tighten,
+    )
+
+
+def _autocast_dtype(wrapper: Any) -> torch.dtype | None:
+    """What mmengine's AMP casts to; None without AMP."""
+    dtype: torch.dtype | None = getattr(wrapper, "cast_dtype", None)
+    if dtype is None and hasattr(wrapper, "loss_scaler"):
+        return torch.float16  # what autocast takes on a GPU when nothing is named
+    return dtype
+
+
+def _report_bounds(batch: Mapping[str, Any], reports: Reports, *, kept_bounds: bool) -> bool:
+    """Whether attention stays inside each packed sample: by our bounds, or by those that the config itself asks for."""
     if kept_bounds:
         reports.on(parts.BLOCK_ATTENTION)
+    elif batch.get("cumulative_len") is not None:
+        reports.on(parts.BLOCK_ATTENTION, message("speed.on.as_configured"))
+        return True
     else:
-        reports.off(
-            parts.BLOCK_ATTENTION, "the data is not packed by XTuner's own packer, or flash-attn's varlen is in use"
-        )
-    group = max(1, fast.tokens_per_pass // micro_tokens) if parts.GROUPED in wish else 1
-    runner.train_loop.dataloader_iterator = loader
-    step = GroupedStep(
-        wrapped, loader, group=group, by_sample=kept_bounds, device=next(model.parameters()).device,
-        iteration=lambda: int(runner.train_loop.iter), seed=lambda at: (runner.seed * 1000003 + runner.rank * 7919 + at) % 2**31,
-    )  # fmt: skip
-    wrapped.train_step = step
-
-
-class Applied:
-    """What `apply` made: the pass, and how many tokens it may take."""
-
-    def __init__(self, fast_pass: FastPass, tokens_per_pass: int) -> None:
-        self.fast_pass = fast_pass
-        self.tokens_per_pass = tokens_per_pass
-
-
-def apply(
-    model: nn.Module, *, dtype: torch.dtype | None, wish: Wish, reports: Reports, micro_tokens: int, accumulation: int
-) -> Applied:
-    """Give a SupervisedFinetune the fast pass: `model(batch: Pass, seed, mode="loss")` → `{"loss": (micro_batches)}`.
-
-    dtype: of the matrix products (autocast's), None: the weights'. Raises UnsupportedModelError.
-    """
-    llm: Any = model.llm
-    decoder = read_decoder(llm)
-    device = decoder.embedding.get_parameter("weight").device
-    if dtype is None:
-        dtype = _weight_dtype(decoder)
-    for group in decoder.groups:
-        group.weight.settle(dtype, shared=group is decoder.head and decoder.tied)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    _unpack(decoder, dtype, device, wish, reports)
-    chosen = _plan(decoder, dtype, device, wish, micro_tokens, accumulation)
-    names = {"norm": parts.NORM, "rotary": parts.ROTARY, "swiglu": parts.SWIGLU}
-    kernels = frozenset(name for name, part in names.items() if part in wish)
-    for part in names.values():
-        if part in wish and has_triton() and device.type == "cuda":
-            reports.on(part)
-        elif part in wish:
-            reports.off(part, "needs Triton on an NVIDIA GPU of compute capability 8.0 or newer")
-    fast_pass = FastPass(
-        decoder,
-        PassOptions(
-            dtype=dtype, recomputed_layers=chosen.recomputed_layers, block_tokens=chosen.block_tokens, kernels=kernels
-        ),
-    )
-    _report_pass(decoder, dtype, device, chosen, wish, reports, micro_tokens)
-    _take_over(model, fast_pass)
-    return Applied(fast_pass, chosen.tokens)
-
-
-def _weight_dtype(decoder: Decoder) -> torch.dtype:
-    weight = decoder.head.weight.modules[0].get_parameter("weight")
-    return weight.dtype
-
-
-def _unpack(decoder: Decoder, dtype: torch.dtype, device: torch.device, wish: Wish, reports: Reports) -> None:
-    packed = [group for group in decoder.groups if group.weight.packed]
-    if not packed:
-        if parts.UNPACKED in wish:
-            reports.off(parts.UNPACKED, "the base is not in 4 bits")
-        return
-    needed = sum(group.weight.elements for group in packed) * dtype.itemsize
-    if parts.UNPACKED not in wish:
-        return
-    if needed > 0.15 * memory.free_bytes(device, wish.memory_limit_bytes):
-        reports.off(parts.UNPACKED, f"needs {needed / 2**30:.1f} GiB, better used for larger passes")
-        return
-    for group in packed:
-        group.weight.unpack(dtype)
-    reports.on(parts.UNPACKED, f"{needed / 2**30:.1f} GiB more, no unpacking in the steps")
-
-
-def _plan(
-    decoder: Decoder, dtype: torch.dtype, device: torch.device, wish: Wish, micro_tokens: int, accumulation: int
-) -> memory.MemoryPlan:
-    """The largest pass, in whole micro-batches that divide the accumulation, that fits; recomputing only as much as it must."""
-    free = memory.free_bytes(device, wish.memory_limit_bytes)
-    target = wish.tokens_per_pass or (_TOKENS_PER_PASS if device.type == "cuda" else micro_tokens)
-    groups = [size for size in range(1, accumulation + 1) if accumulation % size == 0 and size * micro_tokens <= target]
-    if parts.GROUPED not in wish:
-        groups = []
-    for size in sorted({1, *groups}, reverse=True):
-        chosen = memory.plan(decoder, dtype, size * micro_tokens, free)
-        # Computing layers twice to make a pass larger pays only while the pass is small.
-        if chosen is not None and (chosen.recomputed_layers == 0 or size * micro_tokens <= 8192 or size == 1):
-            return chosen
-    return memory.MemoryPlan(
-        tokens=micro_tokens, recomputed_layers=len(decoder.layers), block_tokens=512, expected_bytes=free
-    )
-
-
-def _report_pass(
-    decoder: Decoder, dtype: torch.dtype, device: torch.device, chosen: memory.MemoryPlan, wish: Wish, reports: Reports,
-    micro_tokens: int,
-) -> None:  # fmt: skip
-    probe = torch.empty(0, decoder.heads, decoder.dim, dtype=dtype, device=device)
-    attention = "varlen flash attention" if has_varlen_flash(probe) else "attention sample by sample"
-    reports.on(
-        parts.FAST_PASS, f"{str(dtype).removeprefix('torch.')}, {attention}, {chosen.block_tokens} logits at a time"
-    )
-    layers = len(decoder.layers)
-    if parts.GROUPED in wish:
-        reports.on(parts.GROUPED, f"{chosen.tokens // micro_tokens} micro-batches, {chosen.tokens} tokens in a pass")
-    if parts.RECOMPUTE in wish:
-        reports.on(parts.RECOMPUTE, f"{chosen.recomputed_layers} of {layers} layers computed again")
-
-
-def _take_over(model: Any, fast_pass: FastPass) -> None:
-    stock = model.compute_loss
-
-    def compute_loss(self: Any, data: Any, data_samples: Any = None) -> Any:
-        """The fast pass for a `Pass` (data_samples is then the seed), the stock loss for anything else."""
-        if isinstance(data, Pass):
-            return {"loss": fast_pass(data, int(data_samples), training=self.training)}
-        return stock(data, data_samples)
-
-    model.compute_loss = MethodType(compute_loss, model)
-
-
-def read_reports(run: Path) -> Sequence[PartReport]:
-    """What speed.json of a run says; empty if the run has none."""
-    file = run / REPORT_FILE
-    if not file.is_file():
-        return []
-    return [PartReport(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+        reports.off(parts.BLOCK_ATTENTION, message("speed.left.not_packed"))
+    return kept_bounds

@@ -5,7 +5,7 @@ Knows LoRA's arithmetic (Hu et al. 2021, arXiv 2106.09685), not where the layers
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from core.xtuner.runtime.speed import dropout
 from core.xtuner.runtime.speed.backend import uses_kernels
 from core.xtuner.runtime.speed.weights import FrozenWeight
+
+_HAS_WIDE_PRODUCT: Final = hasattr(torch.ops.aten.mm, "dtype")
+"""torch >= 2.8: 16-bit operands, fp32 result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +81,10 @@ class Draw:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left · right with an fp32 result, also from 16-bit operands where the device can give one."""
-    if left.is_cuda and left.dtype != torch.float32:
+    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16) and _HAS_WIDE_PRODUCT:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right).float()
+    result = torch.mm(left, right)
+    return result if result.dtype == torch.float64 else result.float()
 
 
 def forward(x: Tensor, group: LinearGroup, draw: Draw) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
+import psutil
 import torch
 
 from core.xtuner.runtime.speed.anatomy import Decoder
@@ -33,7 +34,9 @@ def bytes_per_token(decoder: Decoder, dtype: torch.dtype) -> tuple[int, int]:
     return kept, hidden * residual
 
 
-def plan(decoder: Decoder, dtype: torch.dtype, tokens: int, free_bytes: int) -> MemoryPlan | None:
+def plan(
+    decoder: Decoder, dtype: torch.dtype, tokens: int, free_bytes: int, *, fewest_recomputed: int = 0
+) -> MemoryPlan | None:
     """The plan for passes of `tokens` within `free_bytes` beyond what is allocated now, or None if it cannot fit."""
     kept, recomputed = bytes_per_token(decoder, dtype)
     layers = len(decoder.layers)
@@ -50,10 +53,10 @@ def plan(decoder: Decoder, dtype: torch.dtype, tokens: int, free_bytes: int) -> 
     for block in (4096, 2048, 1024, 512):
         logits = _CHUNK_COPIES * min(block, tokens) * vocabulary * dtype.itemsize
         fixed = trained + max(in_backward, logits) + tokens * hidden * 3 * dtype.itemsize
-        for count in range(layers + 1):
+        for count in range(fewest_recomputed, layers + 1):
             again = kept * tokens if count else 0
             need = fixed + tokens * (kept * (layers - count) + recomputed * count) + again
-            if need <= budget and (count == 0 or block <= 1024 or need + logits <= budget):
+            if need <= budget and (count == fewest_recomputed or block <= 1024 or need + logits <= budget):
                 return MemoryPlan(tokens=tokens, recomputed_layers=count, block_tokens=block, expected_bytes=need)
     return None
 
@@ -61,9 +64,10 @@ def plan(decoder: Decoder, dtype: torch.dtype, tokens: int, free_bytes: int) -> 
 def free_bytes(device: torch.device, limit_bytes: int | None) -> int:
     """What may still be allocated on the device, counting memory that torch holds but does not use."""
     if device.type != "cuda":
-        return 2**62
+        available = int(psutil.virtual_memory().available)
+        return available if limit_bytes is None else min(available, limit_bytes)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
+    free: int = torch.cuda.mem_get_info(device)[0] + unused
     if limit_bytes is not None:
         free = min(free, limit_bytes - torch.cuda.memory_allocated(device))
     return max(0, free)

@@ -1,10 +1,15 @@
 """The parts of the speed layer: what each is called, and the report of which ran and why the others did not."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
-FAST_PASS: Final = "fast_pass"
+from core.files import read_json
+from core.i18n import catalog
+from core.messages import Message, message
+
+FAST_PASS: Final = "fast_pass"  # noqa: S105 - a pass through a model
 BLOCK_ATTENTION: Final = "block_attention"
 GROUPED: Final = "grouped_micro_batches"
 RECOMPUTE: Final = "selective_recomputation"
@@ -14,18 +19,9 @@ SWIGLU: Final = "swiglu_kernel"
 UNPACKED: Final = "unpacked_weights"
 OPTIMIZER: Final = "fused_optimizer"
 
-ALL: Final[Mapping[str, str]] = {
-    FAST_PASS: "fused output layer and loss without full logits, fused LoRA products, frozen weights cast once, flash attention",
-    BLOCK_ATTENTION: "packed samples do not see each other; positions start anew in each",
-    GROUPED: "the micro-batches of an accumulation computed together, without padding",
-    RECOMPUTE: "activations kept as far as memory allows instead of computed twice",
-    NORM: "RMSNorm and the residual addition in one kernel",
-    ROTARY: "splitting heads and rotary positions in one kernel",
-    SWIGLU: "SwiGLU in one kernel, its result not kept",
-    UNPACKED: "4-bit weights unpacked once, where memory allows",
-    OPTIMIZER: "AdamW in one kernel",
-}
-"""What each part does, for the log."""
+ALL: Final = (FAST_PASS, BLOCK_ATTENTION, GROUPED, RECOMPUTE, NORM, ROTARY, SWIGLU, UNPACKED, OPTIMIZER)
+"""In the order in which they are shown; `speed.parts.<name>` and `speed.does.<name>` are their words."""
+REPORT_FILE: Final = "speed.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +48,13 @@ class Wish:
         parts = frozenset(ALL) if named == "auto" else frozenset(named) & frozenset(ALL)
         return cls(parts, value.get("tokens_per_pass"), value.get("memory_limit_bytes"))
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "parts": sorted(self.parts),
+            "tokens_per_pass": self.tokens_per_pass,
+            "memory_limit_bytes": self.memory_limit_bytes,
+        }
+
     def __contains__(self, part: str) -> bool:
         return part in self.parts
 
@@ -62,14 +65,19 @@ class PartReport:
 
     name: str
     applied: bool
-    note: str
+    note: Message
     """How it runs (sizes), or why it was left out."""
 
     def line(self) -> str:
-        return f"speed: {self.name} {'on' if self.applied else 'left out'}: {self.note}"
+        """For the log."""
+        return f"speed: {self.name} {'on' if self.applied else 'left out'}: {catalog('en').say(self.note)}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"name": self.name, "applied": self.applied, "note": _note_json(self.note)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "PartReport":
+        return cls(str(value["name"]), bool(value["applied"]), _note(value["note"]))
 
 
 class Reports:
@@ -79,15 +87,31 @@ class Reports:
         self._wish = wish
         self._reports: dict[str, PartReport] = {}
 
-    def on(self, part: str, note: str = "") -> None:
-        self._reports[part] = PartReport(part, True, note or ALL[part])
+    def on(self, part: str, note: Message | None = None) -> None:
+        self._reports[part] = PartReport(part, True, note or Message(f"speed.does.{part}"))
 
-    def off(self, part: str, why: str) -> None:
-        self._reports[part] = PartReport(part, False, why)
+    def off(self, part: str, why: Message) -> None:
+        self._reports[part] = PartReport(part, False, why if part in self._wish else message("speed.left.not_asked"))
 
-    def finish(self, why: str) -> Sequence[PartReport]:
+    def finish(self, why: Message) -> Sequence[PartReport]:
         """One report for each part; those that nothing was said of get `why`, or that they were not asked for."""
         for part in ALL:
             if part not in self._reports:
-                self.off(part, why if part in self._wish else "not asked for")
+                self.off(part, why)
         return [self._reports[part] for part in ALL]
+
+
+def read_reports(run: Path) -> list[PartReport]:
+    """What speed.json of a run folder says; empty if the run has none (yet)."""
+    file = run / REPORT_FILE
+    return [PartReport.from_json(entry) for entry in read_json(file)] if file.is_file() else []
+
+
+def _note_json(note: Message) -> dict[str, Any]:
+    params = {key: _note_json(value) if isinstance(value, Message) else value for key, value in note.params.items()}
+    return {"key": note.key, "params": params}
+
+
+def _note(value: Mapping[str, Any]) -> Message:
+    params = {key: _note(inner) if isinstance(inner, dict) else inner for key, inner in value["params"].items()}
+    return Message(value["key"], params)

@@ -1,6 +1,7 @@
-"""Frozen weights of linear layers: stacked, in the dtype of the arithmetic, or 4-bit and unpacked when needed (or once, if memory allows)."""
+"""Frozen weights of linear layers: stacked, in the dtype of the arithmetic, or 4-bit and unpacked in each use (or once)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
@@ -23,7 +24,7 @@ class FrozenWeight:
         self.rows = [_shape(module)[0] for module in self.modules]
         self.columns = _shape(self.modules[0])[1]
         starts = [sum(self.rows[:index]) for index in range(len(self.rows) + 1)]
-        self.spans = list(zip(starts[:-1], starts[1:], strict=True))
+        self.spans = list(pairwise(starts))
         self._dense: Tensor | None = None
         self._bias: Tensor | None = None
 
@@ -90,7 +91,7 @@ def _cast_forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     if is_4bit(module):
-        shape: Any = module.get_parameter("weight").quant_state.shape  # type: ignore[attr-defined]
+        shape: Any = module.get_parameter("weight").quant_state.shape
         return int(shape[0]), int(shape[1])
     weight = module.get_parameter("weight")
     return int(weight.shape[0]), int(weight.shape[1])

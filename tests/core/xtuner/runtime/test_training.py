@@ -12,6 +12,7 @@ from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.state import Phase
 from core.runs.train import TrainRequest
+from core.xtuner.runtime.speed.parts import read_reports
 from tests.models import write_tiny_internlm2, write_tiny_llama, write_tiny_qwen2
 from tests.training import Trained, make_project, train
 
@@ -55,6 +56,18 @@ def test_the_log_says_what_was_patched_and_why(internlm2: tuple[Project, Path, T
         assert f"danlu: patch {name} (" in log
 
 
+def test_the_speed_layer_is_on_by_default_and_says_what_it_does(internlm2: tuple[Project, Path, Trained]) -> None:
+    whole = internlm2[2]
+    reports = {report.name: report.applied for report in read_reports(whole.run.path)}
+    assert {name for name, is_on in reports.items() if is_on} == {
+        "fast_pass",
+        "block_attention",
+        "grouped_micro_batches",
+        "selective_recomputation",
+    }
+    assert "speed: norm_kernel left out: needs Triton" in whole.log
+
+
 def test_resumed_and_stopped_run_goes_on_bit_for_bit(internlm2: tuple[Project, Path, Trained]) -> None:
     project, config, whole = internlm2
     middle = sorted(whole.run.path.glob("iter_*.pth"), key=lambda path: int(path.stem[5:]))[0]
@@ -70,22 +83,30 @@ def test_resumed_and_stopped_run_goes_on_bit_for_bit(internlm2: tuple[Project, P
     resumed = train(project, TrainRequest(config=config, name="rest", resume=saved, seed=None))
     assert resumed.status.exit_code == 0, resumed.log[-3000:]
     assert first.losses | resumed.losses == whole.losses
+    # The second run took the first one's tokenised data; a resumed one has the checkpoint's seed, not known beforehand.
+    assert ["tokenised data from" in run.log for run in (whole, first, resumed)] == [False, True, False]
 
 
 def test_deepspeed_on_two_processes_trains_and_resumes(tmp_path: Path) -> None:
     project, config = make_project(tmp_path / "p", write_tiny_llama, model__lora__lora_dropout=0.0)
-    request = TrainRequest(config=config, name="whole", deepspeed="deepspeed_zero2", cpu_processes=2)
-    whole = train(project, request)
+    options = {"deepspeed": "deepspeed_zero2", "cpu_processes": 2}
+    # Both micro-batches of a window at once, and samples that see each other as in stock XTuner.
+    seeing = {"parts": ["fast_pass", "grouped_micro_batches", "selective_recomputation"], "tokens_per_pass": 128}
+    whole = train(project, TrainRequest(config=config, name="whole", speed=seeing, **options))
     assert whole.status.exit_code == 0, whole.log[-3000:]
     assert all(line["tokens"] == 128 for line in whole.lines), "tokens of both processes"
     assert any(line["grad_norm"] for line in whole.lines)
     saved = whole.run.path / "iter_4.pth"
     card = inspect_checkpoint(saved)
     assert (card.is_complete, card.world_size, card.stage) == (True, 2, 2)
-    options = {"deepspeed": "deepspeed_zero2", "cpu_processes": 2}
-    rest = train(project, TrainRequest(config=config, name="rest", resume=saved, seed=None, **options))
+    rest = train(project, TrainRequest(config=config, name="rest", resume=saved, seed=None, speed=seeing, **options))
     assert rest.status.exit_code == 0, rest.log[-3000:]
     assert rest.losses == {step: loss for step, loss in whole.losses.items() if step > 4}
+    assert "2 micro-batches, 128 tokens in a pass" in whole.log
+    stock = train(project, TrainRequest(config=config, name="stock", speed="off", **options))
+    assert stock.losses == pytest.approx(whole.losses, abs=1e-4)
+    moved = [line["iteration"] for line in stock.lines if line["grad_norm"]]
+    assert moved == [line["iteration"] for line in whole.lines if line["grad_norm"]]
 
 
 def test_qlora_trains_on_the_cpu(tmp_path: Path) -> None:

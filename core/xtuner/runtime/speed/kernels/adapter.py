@@ -109,7 +109,7 @@ def _weight(
 
 
 def _block_rank(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, int(triton.next_power_of_2(rank)))
 
 
 def down(x: Tensor, a: Tensor, count: int, seeds: Tensor, threshold: int, keep_scale: float) -> Tensor:

@@ -26,24 +26,15 @@ def _turn(
     # `slot`: where the head lies in the stacked projection; InternLM2 stacks [group of queries, key, value] for each KV head.
     if head < HEADS:
         part = query + rows[:, None] * (HEADS * DIM) + head * DIM + cols[None, :]
-        if INTERLEAVED:
-            slot = (head // groups) * (groups + 2) + head % groups
-        else:
-            slot = head
+        slot = (head // groups) * (groups + 2) + head % groups if INTERLEAVED else head
     elif head < HEADS + KV_HEADS:
         index = head - HEADS
         part = key + rows[:, None] * (KV_HEADS * DIM) + index * DIM + cols[None, :]
-        if INTERLEAVED:
-            slot = index * (groups + 2) + groups
-        else:
-            slot = head
+        slot = index * (groups + 2) + groups if INTERLEAVED else head
     else:
         index = head - HEADS - KV_HEADS
         part = value + rows[:, None] * (KV_HEADS * DIM) + index * DIM + cols[None, :]
-        if INTERLEAVED:
-            slot = index * (groups + 2) + groups + 1
-        else:
-            slot = head
+        slot = index * (groups + 2) + groups + 1 if INTERLEAVED else head
     whole = stacked + rows[:, None] * width + slot * DIM + cols[None, :]
     if BACKWARD:
         first = tl.load(part, mask=inside, other=0.0).to(tl.float32)

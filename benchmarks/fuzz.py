@@ -1,0 +1,85 @@
+"""Two minutes of damaged data files through the check and the conversion: none may crash either, none may hang.
+
+The corpus of the tests is cut, spliced, flipped and repeated at random; what a mutation finds is printed with its seed.
+"""
+
+import random
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from benchmarks.result import Result
+
+_SECONDS: Final = 120.0
+_SLOWEST_SECONDS: Final = 5.0
+_BYTES: Final = b'{}[]":,\\\n\r\t 0159eE.-\x00\xff\xfe\xef\xbb\xbf\xed\xa0\x80"null"true"role""content""messages""loss"'
+
+
+def run(seconds: float = _SECONDS) -> Result:
+    from core.data.convert import convert
+    from core.data.validate import validate
+    from core.errors import DanluError
+    from core.project import open_project
+    from tests.core.data.corpus import CASES
+
+    seeds = [(case.file, case.content) for case in CASES]
+    crashes = slow = refused = count = 0
+    with tempfile.TemporaryDirectory() as home:
+        project = open_project(Path(home))
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            name, content = damaged(count, seeds)
+            file = project.data / f"fuzz{Path(name).suffix}"
+            file.write_bytes(content)
+            began = time.monotonic()
+            try:
+                validate(file, workers=1)
+                convert(project, file, name="out.jsonl").path.unlink()
+            except DanluError:
+                refused += 1
+            except Exception:  # noqa: BLE001 - whatever it is, it is what is looked for
+                crashes += 1
+                print(f"seed {count}, {name}:\n{traceback.format_exc()}")
+            slow += time.monotonic() - began > _SLOWEST_SECONDS
+            count += 1
+    figures = {"files": count, "refused_with_a_reason": refused, "crashes": crashes, "slower_than_5_seconds": slow}
+    return Result(figures, {"crashes": ("==", 0.0), "slower_than_5_seconds": ("==", 0.0)})
+
+
+def damaged(seed: int, seeds: list[tuple[str, bytes]]) -> tuple[str, bytes]:
+    """A file of the corpus after one to eight mutations; the same for the same seed."""
+    chooser = random.Random(seed)
+    name, content = chooser.choice(seeds)
+    for _ in range(chooser.randint(1, 8)):
+        content = chooser.choice(_MUTATIONS)(content, chooser, chooser.choice(seeds)[1])[: 2**18]
+    return name, content
+
+
+def _flip(content: bytes, chooser: random.Random, _other: bytes) -> bytes:
+    at = chooser.randrange(len(content) + 1)
+    return content[:at] + bytes([chooser.randrange(256)]) + content[at + 1 :]
+
+
+def _insert(content: bytes, chooser: random.Random, _other: bytes) -> bytes:
+    at, start = chooser.randrange(len(content) + 1), chooser.randrange(len(_BYTES))
+    return content[:at] + _BYTES[start : start + chooser.randint(1, 8)] * chooser.choice((1, 1, 1, 500)) + content[at:]
+
+
+def _cut(content: bytes, chooser: random.Random, _other: bytes) -> bytes:
+    start, end = sorted(chooser.randrange(len(content) + 1) for _ in range(2))
+    return content[:start] + content[end:]
+
+
+def _repeat(content: bytes, chooser: random.Random, _other: bytes) -> bytes:
+    start, end = sorted(chooser.randrange(len(content) + 1) for _ in range(2))
+    return content[:end] + content[start:end] * chooser.randint(1, 3) + content[end:]
+
+
+def _splice(content: bytes, chooser: random.Random, other: bytes) -> bytes:
+    return content[: chooser.randrange(len(content) + 1)] + other[chooser.randrange(len(other) + 1) :]
+
+
+_MUTATIONS: Final[tuple[Callable[[bytes, random.Random, bytes], bytes], ...]] = (_flip, _insert, _cut, _repeat, _splice)

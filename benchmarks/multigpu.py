@@ -1,0 +1,308 @@
+"""Two GPUs against one: speed and memory for each method and ZeRO stage, stop → 1 GPU → 2 GPUs through reshaping, a killed rank.
+
+`python -m benchmarks.multigpu [--shape 1.8b] [--parts speed resume kill full] [--seconds 460]`; with `--shape tiny` it runs on
+the CPU with two gloo ranks. Cases that no longer fit into the time are left out and named.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.result import NoGpu, Result
+from benchmarks.training import ranks
+from benchmarks.training.case import make_model_folder
+from benchmarks.training.ranks import Outcome, Setting
+from core.checkpoints.inspect import inspect_checkpoint, list_checkpoints, newest_complete
+from core.gpu import devices
+from core.runs.devices import FOLDER_VARIABLE
+
+PARTS: Final = ("speed", "resume", "kill", "full")
+_RESUMED: Final[dict[str, Any]] = {"deepspeed": "deepspeed_zero2", "dropout": 0.0, "steps": 8, "save_every": 8}
+_CASE_SECONDS: Final = 100.0
+"""Longest that one run may take."""
+_RESHAPE: Final = """
+import json, sys, time
+import deepspeed, torch
+from core.checkpoints.reshape import reshape
+from core.runs.job import SilentProgress
+began = time.perf_counter()
+done = reshape(sys.argv[1], sys.argv[2], int(sys.argv[3]), accumulative_counts=int(sys.argv[4]), progress=SilentProgress())
+print(json.dumps({"seconds": time.perf_counter() - began, "tensors": done["tensors_verified"], "digest": done["digest"]}))
+"""
+_SAVE_MODEL: Final = (
+    "import sys; from pathlib import Path; from benchmarks.training.case import saved_llm; saved_llm(Path(sys.argv[1]))"
+)
+
+
+@dataclass
+class Bench:
+    """What all parts share: cards, folders, time, and the figures so far."""
+
+    shape: str
+    cards: tuple[str, ...]
+    model: Path
+    home: Path
+    deadline: float
+    figures: dict[str, float | int | str | None] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def has_time(self, name: str, seconds: float) -> bool:
+        """Whether a case of about `seconds` still fits; if not, it is noted as left out."""
+        fits = time.monotonic() + seconds < self.deadline
+        if not fits:
+            self.left_out.append(name)
+        return fits
+
+    def setting(self, name: str, count: int, **options: Any) -> Setting:
+        """A setting for `count` ranks; small figures for the tiny shape."""
+        sizes = {"length": 64, "batches": 4} if self.shape == "tiny" else {}
+        return Setting(name=name, gpus=self.cards[:count], ranks=count, shape=self.shape, **{**sizes, **options})
+
+    def note(self, **figures: float | str | None) -> None:
+        """Keep figures, and print them at once: what is measured stays known if the call is cut off."""
+        self.figures |= figures
+        print(json.dumps(figures), file=sys.stderr, flush=True)
+
+    def finish(self, setting: Setting) -> Outcome:
+        """Start and wait; a failure is noted under the setting's name."""
+        outcome = ranks.wait(ranks.begin(setting, self.model, self.home), setting, seconds=_CASE_SECONDS)
+        if outcome.error:
+            self.note(**{f"{setting.name}_error": outcome.error})
+        return outcome
+
+
+def run() -> Result:
+    """All parts on 2 GPUs in InternLM2-1.8B's shape. Raises NoGpu if there are fewer."""
+    if len(devices()) < 2:
+        raise NoGpu("needs two NVIDIA GPUs")
+    return measure("1.8b", PARTS, 460.0)
+
+
+def measure(shape: str, parts: tuple[str, ...], seconds: float) -> Result:
+    """Run `parts` within about `seconds`. On a machine without GPUs the ranks are gloo processes on the CPU."""
+    cards = tuple(device.uuid or str(device.index) for device in devices())[:2]
+    with _home() as home:
+        os.environ[FOLDER_VARIABLE] = str(
+            home / "devices"
+        )  # The bench holds the cards; its runs queue among themselves.
+        model = make_model_folder(shape, Path(tempfile.gettempdir()) / f"danlu_bench_{shape}")
+        bench = Bench(shape, cards, model, home, time.monotonic() + seconds)
+        bench.note(shape=shape, cards=len(cards), card=next((d.name for d in devices()), "cpu"))
+        work: dict[str, Callable[[Bench], None]] = {"resume": _resume, "kill": _kill, "speed": _speed, "full": _full}
+        for name, part in work.items():
+            if name in parts:
+                part(bench)
+        bench.note(failed=sum(key.endswith("_error") for key in bench.figures))
+        bench.note(left_out=", ".join(bench.left_out), seconds=round(seconds - bench.deadline + time.monotonic(), 1))
+    return Result(bench.figures, _targets(bench.figures))
+
+
+def _targets(figures: dict[str, Any]) -> dict[str, tuple[str, float]]:
+    known: dict[str, tuple[str, float]] = {
+        key: (">=", 0.92) for key in figures if key.endswith("_efficiency") and "zero3" not in key
+    }
+    known |= {key: ("<", 64.0) for key in figures if key.endswith("_left_mib")}
+    known |= {key: ("<=", 30.0) for key in figures if key == "killed_rank_noticed_seconds"}
+    known["failed"] = ("==", 0)
+    known |= {key: ("==", 1) for key in figures if key.endswith(("_equal", "_complete"))}
+    return known
+
+
+def _speed(bench: Bench) -> None:
+    """One GPU first (both cards at once, a case each), then two: plain data parallel and each ZeRO stage."""
+    ranks.in_child(_SAVE_MODEL, str(bench.model))
+    methods = ("lora", "qlora") if bench.cards else ("lora",)
+    sides = ("off", "auto") if bench.cards else ("off",)
+    single: dict[tuple[str, str], float] = {}
+    for method in methods:
+        if bench.has_time(f"{method}_1", 70):
+            single |= _one_each(bench, method, sides)
+    kinds: list[tuple[str, str, str | None]] = [
+        (method, speed, "deepspeed_zero2") for method in methods for speed in sides
+    ]
+    kinds += [("lora", "off", None), ("lora", "off", "deepspeed_zero3"), ("lora", "off", "deepspeed_zero1")]
+    kinds += [("lora", "auto", None), ("qlora", "auto", None)] if bench.cards else []
+    for method, speed, deepspeed in kinds:
+        name = f"{method}_{_side(speed)}_2_{_stage(deepspeed)}"
+        if bench.has_time(name, 45):
+            before = ranks.used_bytes()
+            outcome = bench.finish(bench.setting(name, 2, method=method, speed=speed, deepspeed=deepspeed))
+            _note_speed(bench, outcome, single.get((method, speed)), before)
+
+
+def _one_each(bench: Bench, method: str, sides: tuple[str, ...]) -> dict[tuple[str, str], float]:
+    """Both sides on one GPU each, at the same time."""
+    settings = [
+        replace(bench.setting(f"{method}_{_side(speed)}_1", 1, method=method, speed=speed), gpus=bench.cards[n : n + 1])
+        for n, speed in enumerate(sides)
+    ]
+    runs = [(ranks.begin(setting, bench.model, bench.home), setting) for setting in settings]
+    found: dict[tuple[str, str], float] = {}
+    for (run, setting), speed in zip(runs, sides, strict=True):
+        outcome = ranks.wait(run, setting, seconds=_CASE_SECONDS)
+        if outcome.error:
+            bench.note(**{f"{setting.name}_error": outcome.error})
+        rate = outcome.tokens_per_second_per_rank()
+        if rate:
+            found[method, speed] = rate
+            bench.note(**{f"{setting.name}_tokens_per_second": round(rate)})
+            bench.note(**{f"{setting.name}_peak_gib": outcome.peak_allocated_gib})
+    return found
+
+
+def _note_speed(bench: Bench, outcome: Outcome, single: float | None, before: list[int]) -> None:
+    name, rate = outcome.setting.name, outcome.tokens_per_second_per_rank()
+    if not rate:
+        return
+    cards = [round(value / 2**30, 2) for value in outcome.per_card("memory_used_bytes")]
+    bench.note(
+        **{
+            f"{name}_tokens_per_second_per_gpu": round(rate),
+            f"{name}_efficiency": round(rate / single, 3) if single else None,
+            f"{name}_peak_gib": outcome.peak_allocated_gib,
+            f"{name}_peak_nvml_gib": " / ".join(map(str, cards)),
+            f"{name}_utilization_percent": " / ".join(f"{v:.0f}" for v in outcome.per_card("utilization_percent")),
+            f"{name}_left_mib": ranks.free_after(before),
+        }
+    )
+
+
+def _resume(bench: Bench) -> None:
+    """2 GPUs to the end; again, stopped by a person; then on 1 GPU and back on 2, each time through reshaping."""
+    if not bench.has_time("resume", 150):
+        return
+    whole = bench.finish(bench.setting("whole_2", 2, **_RESUMED))
+    first = bench.setting("first_2", 2, **_RESUMED)
+    before = ranks.used_bytes()
+    run = ranks.begin(first, bench.model, bench.home)
+    # Asked for in the second step, heard at its end or at that of the third.
+    ranks.wait_for_iteration(run, first.accumulation + 1, seconds=_CASE_SECONDS)
+    asked = time.monotonic()
+    ranks.ask_to_stop(run)
+    stopped = ranks.wait(run, first, seconds=_CASE_SECONDS)
+    bench.note(stop_and_save_seconds=round(time.monotonic() - asked, 1), stop_left_mib=ranks.free_after(before))
+    saved = newest_complete(list_checkpoints(run.path))
+    if saved is None:
+        bench.note(resume_error=stopped.error or "no checkpoint")
+        return
+    one, digest = _carry_over(bench, saved.path, first, bench.setting("second_1", 1, **_RESUMED), stop_after=2)
+    middle = newest_complete(list_checkpoints(one.run.path))
+    if middle is None:
+        bench.note(resume_error=one.error or "no checkpoint of the second run")
+        return
+    two, _ = _carry_over(bench, middle.path, one.setting, bench.setting("third_2", 2, **_RESUMED))
+    expected = whole.step_losses()
+    found = {**stopped.step_losses(), **one.step_losses(), **two.step_losses()}
+    differences = [abs(found[n] - expected[n]) / abs(expected[n]) for n in expected if n in found]
+    bench.note(
+        resume_steps_compared=len(differences),
+        resume_losses=" ".join(f"{found[n]:.4f}/{expected[n]:.4f}" for n in sorted(expected) if n in found),
+        resume_largest_relative_difference=round(max(differences), 6) if differences else None,
+        all_steps_equal=int(sorted(found) == sorted(expected)),
+        partitions_digest=digest,
+    )
+
+
+def _carry_over(bench: Bench, source: Path, old: Setting, new: Setting, *, stop_after: int = 0) -> tuple[Outcome, str]:
+    """Reshape `source` for the new setting's ranks and train on; `stop_after`: optimizer steps after which it is asked to stop."""
+    name = new.name
+    iteration = (inspect_checkpoint(source).iteration or 0) * old.world_size // new.world_size
+    target = bench.home / f"{name}_from" / f"iter_{iteration}.pth"
+    target.parent.mkdir()
+    arguments = (str(source), str(target), str(new.world_size), str(old.accumulation))
+    done = json.loads(ranks.in_child(_RESHAPE, *arguments))
+    bench.note(**{f"{name}_reshape_seconds": round(done["seconds"], 2), f"{name}_tensors_verified": done["tensors"]})
+    setting = replace(new, resume=target)
+    run = ranks.begin(setting, bench.model, bench.home)
+    if stop_after:
+        ranks.wait_for_iteration(run, iteration + new.accumulation * (stop_after - 1) + 1, seconds=_CASE_SECONDS)
+        ranks.ask_to_stop(run)
+    outcome = ranks.wait(run, setting, seconds=_CASE_SECONDS)
+    if outcome.error:
+        bench.note(**{f"{name}_error": outcome.error})
+    return outcome, str(done["digest"])
+
+
+def _kill(bench: Bench) -> None:
+    """kill -9 of rank 1: the run must fail soon, leave no memory, and go on from its last checkpoint."""
+    if not bench.has_time("kill", 80):
+        return
+    setting = bench.setting("killed_2", 2, deepspeed="deepspeed_zero2", steps=40, save_every=2, dropout=0.0)
+    before = ranks.used_bytes()
+    run = ranks.begin(setting, bench.model, bench.home)
+    ranks.wait_for_iteration(run, 3 * setting.accumulation, seconds=_CASE_SECONDS)
+    killed = time.monotonic()
+    if not ranks.kill_rank(run, 1):
+        bench.note(kill_error="rank 1 not found")
+        return
+    outcome = ranks.wait(run, setting, seconds=_CASE_SECONDS)
+    bench.note(
+        killed_rank_noticed_seconds=round(time.monotonic() - killed, 1),
+        killed_rank_phase=str(outcome.status.phase),
+        killed_rank_left_mib=ranks.free_after(before),
+    )
+    saved = newest_complete(list_checkpoints(run.path))
+    bench.note(
+        killed_run_last_checkpoint=saved.name if saved else None, killed_run_checkpoint_complete=int(saved is not None)
+    )
+    if saved is not None and bench.has_time("after_kill", 40):
+        steps = (saved.iteration or 0) // setting.accumulation + 2
+        after = bench.finish(replace(setting, name="after_kill_2", steps=steps, save_every=0, resume=saved.path))
+        bench.note(after_kill_complete=int(after.error is None and len(after.lines) == 2 * setting.accumulation))
+
+
+def _full(bench: Bench) -> None:
+    """Full fine-tuning with ZeRO-3 on both cards."""
+    if bench.has_time("full_zero3", 80):
+        ranks.in_child(_SAVE_MODEL, str(bench.model))
+        before = ranks.used_bytes()
+        setting = bench.setting("full_stock_2_zero3", 2, method="full", deepspeed="deepspeed_zero3", steps=4, batches=8)
+        _note_speed(bench, bench.finish(setting), None, before)
+
+
+def _side(speed: str) -> str:
+    return "stock" if speed == "off" else "fast"
+
+
+def _stage(deepspeed: str | None) -> str:
+    return deepspeed.removeprefix("deepspeed_") if deepspeed else "ddp"
+
+
+@contextmanager
+def _home() -> Iterator[Path]:
+    """A folder for the runs; kept, if DANLU_BENCH_KEEP names one."""
+    kept = os.environ.get("DANLU_BENCH_KEEP")
+    folder = Path(kept or tempfile.mkdtemp(prefix="danlu_multigpu_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.multigpu", description=__doc__)
+    parser.add_argument("--shape", default="1.8b", choices=("tiny", "0.6b", "1.8b", "7b"))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--seconds", type=float, default=460.0)
+    arguments = parser.parse_args(argv)
+    if arguments.shape != "tiny" and len(devices()) < 2:
+        print("needs two NVIDIA GPUs; --shape tiny runs on the CPU", file=sys.stderr)
+        return 2
+    result = measure(arguments.shape, tuple(arguments.parts), arguments.seconds)
+    print(json.dumps({"figures": result.figures, "ok": result.ok, "missed": result.missed}))
+    return 0 if result.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""The values of a changed tensor, computed block of rows by block of rows: float32 inside, rounded once.
+
+Memory is two blocks, whatever the tensor. A block's product B·A is formed at once (a matrix product likes many rows); all else runs
+over slices that stay in the processor's cache.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.checkpoints.lora import Change, LoadedPair, load_pair
+from core.checkpoints.tensors import NUMPY_TYPES, Array, DiskTensor, is_finite, narrow, read_into, widen
+
+BLOCK_ELEMENTS: Final = 1 << 20
+_SLICE_ELEMENTS: Final = 1 << 16
+Floats = NDArray[np.float32]
+
+
+class NotFiniteError(Exception):
+    """A result is NaN or infinite; the caller knows which tensor it is."""
+
+
+def changed_blocks(source: DiskTensor, change: Change) -> Iterator[tuple[int, Array]]:
+    """(first element, bits) of the tensor that `change` makes of `source`, in the type of `source`.
+
+    The bits are only good until the next block. Raises NotFiniteError.
+    """
+    start = change.replacement or source
+    pairs = [load_pair(pair) for pair in change.pairs]
+    magnitude = next((_floats(pair.magnitude) for pair in change.pairs if pair.magnitude is not None), None)
+    rows, width = _matrix_shape(source)
+    if magnitude is not None and change.pairs[0].is_transposed:
+        yield 0, _checked(_dora_by_column(_floats(start).reshape(rows, width), pairs, magnitude), source.dtype)
+        return
+    additions = [_floats(tensor).reshape(-1) * np.float32(factor) for tensor, factor in change.additions]
+    step = rows if len(source.shape) < 2 else max(1, BLOCK_ELEMENTS // width)
+    buffers = _Buffers(min(rows, step) * width, start.dtype, source.dtype)
+    for row, raw in _read_rows(start, rows, width, buffers.raw):
+        end = min(rows, row + step)
+        delta = buffers.product(pairs, row, end, width)
+        if magnitude is not None:
+            values = widen(raw, start.dtype).reshape(end - row, width) + delta.reshape(end - row, width)
+            values *= (magnitude[row:end] / np.linalg.norm(values, axis=1))[:, None]
+            yield row * width, _checked(values, source.dtype)
+        else:
+            parts = [addition[row * width : end * width] for addition in additions]
+            yield row * width, buffers.add(raw, start.dtype, [delta, *parts] if pairs else parts)
+
+
+class _Buffers:
+    """Memory that every block of one tensor uses again."""
+
+    def __init__(self, elements: int, source_dtype: str, dtype: str) -> None:
+        self._dtype = dtype
+        self.raw: Array = np.empty(elements, dtype=NUMPY_TYPES[source_dtype])
+        """For what is read: memory taken anew for each block would have to be cleared by the kernel each time."""
+        self._delta = np.empty(elements, dtype=np.float32)
+        self._more = np.empty(0, dtype=np.float32)
+        self._bits = np.empty(elements, dtype=NUMPY_TYPES[dtype])
+        self._slice = np.empty(min(elements, _SLICE_ELEMENTS), dtype=np.float32)
+        self._odd = np.empty(self._slice.size, dtype=np.uint32)
+
+    def product(self, pairs: Sequence[LoadedPair], row: int, end: int, width: int) -> Floats:
+        """Sum of all pairs' B·A in rows `row` to `end`, flat."""
+        delta = self._delta[: (end - row) * width].reshape(end - row, width)
+        for number, pair in enumerate(pairs):
+            if number == 0:
+                np.matmul(pair.left[row:end], pair.right, out=delta)
+            else:
+                self._more = self._more if self._more.size == self._delta.size else np.empty_like(self._delta)
+                more = self._more[: delta.size].reshape(delta.shape)
+                np.matmul(pair.left[row:end], pair.right, out=more)
+                np.add(delta, more, out=delta)
+        return delta.reshape(-1)
+
+    def add(self, raw: Array, dtype: str, parts: Sequence[Floats]) -> Array:
+        """`raw`, the bits of type `dtype`, plus all `parts`, rounded to the result's type."""
+        bits = self._bits[: raw.size]
+        for first in range(0, raw.size, self._slice.size):
+            last = min(raw.size, first + self._slice.size)
+            values = self._slice[: last - first]
+            _widen_into(values, raw[first:last], dtype)
+            for part in parts:
+                np.add(values, part[first:last], out=values)
+            self._round(values, bits[first:last])
+        return bits
+
+    def _round(self, values: Floats, bits: Array) -> None:
+        """`values` to the type of `bits`, nearest and ties to even; `values` is used up."""
+        # A sum of squares is finite only if every term is: one quick pass. float16 has a smaller range, so its bits are looked at too.
+        if not np.isfinite(np.dot(values, values)) or self._dtype == "F16":
+            bits[:] = _checked(values, self._dtype)
+        elif self._dtype == "BF16":
+            whole, odd = values.view(np.uint32), self._odd[: values.size]
+            np.right_shift(whole, 16, out=odd)
+            np.bitwise_and(odd, 1, out=odd)
+            np.add(odd, 0x7FFF, out=odd)
+            np.add(whole, odd, out=whole)
+            np.copyto(bits, values.view(np.uint16)[1::2])
+        else:
+            np.copyto(bits, values)
+
+
+def _widen_into(values: Floats, raw: Array, dtype: str) -> None:
+    if dtype == "BF16":
+        whole = values.view(np.uint32)
+        np.copyto(whole, raw)
+        np.left_shift(whole, 16, out=whole)
+    else:
+        np.copyto(values, raw, casting="same_kind")
+
+
+def _read_rows(tensor: DiskTensor, rows: int, width: int, buffer: Array) -> Iterator[tuple[int, Array]]:
+    """(first row, bits in `buffer`); the disk is told to fetch the next rows while these are worked on."""
+    step, item = buffer.size // width if width else rows, buffer.itemsize
+    with open(tensor.file, "rb", buffering=0) as stream:
+        for row in range(0, rows, step):
+            end = min(rows, row + step)
+            if not tensor.is_contiguous:
+                yield row, tensor.read_flat(row * width, end * width)
+                continue
+            following = (min(rows, end + step) - end) * width * item
+            os.posix_fadvise(stream.fileno(), tensor.offset + end * width * item, following, os.POSIX_FADV_WILLNEED)
+            raw = buffer[: (end - row) * width]
+            read_into(stream.fileno(), raw, tensor.offset + row * width * item, tensor.file)
+            yield row, raw
+
+
+def _checked(values: Floats, dtype: str) -> Array:
+    bits = narrow(values.reshape(-1), dtype)
+    if not is_finite(bits, dtype):
+        raise NotFiniteError
+    return bits
+
+
+def _dora_by_column(weight: Floats, pairs: Sequence[LoadedPair], magnitude: Floats) -> Floats:
+    """DoRA on a tensor that is in × out: outputs are columns, so their norms need the whole tensor."""
+    whole = weight + sum((pair.left @ pair.right for pair in pairs), np.zeros((), dtype=np.float32))
+    return np.asarray(whole * (magnitude / np.linalg.norm(whole, axis=0)), dtype=np.float32)
+
+
+def _matrix_shape(tensor: DiskTensor) -> tuple[int, int]:
+    """Rows and width; a vector is a column, a number one row."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    width = 1
+    for size in tensor.shape[1:]:
+        width *= size
+    return rows, width
+
+
+def _floats(tensor: DiskTensor) -> Any:
+    return widen(tensor.read(), tensor.dtype)

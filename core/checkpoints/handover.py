@@ -1,0 +1,61 @@
+"""Jobs on something that was delivered: another format, a hub, a check. Each starts one supervised job and returns its run directory."""
+
+from pathlib import Path
+from typing import Final
+
+from core.checkpoints.deliverables import ONE_THREAD, Deliverable
+from core.checkpoints.gguf_export import KINDS
+from core.checkpoints.upload import check_repository
+from core.errors import ConflictError, InputError
+from core.files import within
+from core.project import Project
+from core.runs.directory import RunDirectory
+from core.runs.launch import start_job
+
+_QUIET: Final = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def gguf_target(project: Project, model: Path, kind: str) -> Path:
+    """`final_model/<model>-<kind>`."""
+    return project.final_model / f"{model.name}-{kind}"
+
+
+def start_gguf(project: Project, model: Path, kind: str) -> RunDirectory:
+    """Write the model as GGUF beside it.
+
+    Raises InputError `checkpoints.bad_dtype`, `files.outside`; ConflictError if it is there already.
+    """
+    if kind not in KINDS:
+        raise InputError("checkpoints.bad_dtype", dtype=kind)
+    target = gguf_target(project, model, kind)
+    if target.exists():
+        raise ConflictError("files.exists", path=str(target))
+    arguments = {"model": str(_inside(project, model)), "target": str(target), "kind": kind}
+    function = "core.checkpoints.gguf_export:export_gguf"
+    return start_job(project, function, kind="gguf", title=target.name, arguments=arguments, env=ONE_THREAD)
+
+
+def start_verify(project: Project, model: Path) -> RunDirectory:
+    """Check a merged model, by its answers where memory allows."""
+    arguments = {"folder": str(_inside(project, model))}
+    function = "core.checkpoints.verify:verify_merge"
+    return start_job(project, function, kind="verify", title=model.name, arguments=arguments)
+
+
+def start_upload(
+    project: Project, item: Deliverable, repository: str, *, is_private: bool, base_model: str | None
+) -> RunDirectory:
+    """Push a deliverable to the hub. Raises InputError `checkpoints.bad_repository`. The token is for the job to find."""
+    name = check_repository(repository)
+    arguments = {
+        "folder": str(_inside(project, item.path)),
+        "repository": name,
+        "is_private": is_private,
+        "base_model": base_model,
+    }
+    function, title = "core.checkpoints.upload:upload", f"{item.name} → {name}"
+    return start_job(project, function, kind="upload", title=title, arguments=arguments, env=_QUIET)
+
+
+def _inside(project: Project, path: Path) -> Path:
+    return within(path, project.huggingface, project.final_model)

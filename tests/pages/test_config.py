@@ -1,0 +1,98 @@
+"""The config page: its views, one's own recipes, comparison with another config, and taking a config away."""
+
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from core.config.library import add_config, open_draft
+from core.config.own_recipes import list_recipes
+from core.config.source import ConfigSource
+from core.project import Project
+from tests.models import write_tiny_qwen2
+from tests.training import make_project
+
+SCRIPT = str(Path(__file__).parents[2] / "pages/prepare/config.py")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return make_project(tmp_path / "p", write_tiny_qwen2)[0]
+
+
+def show(project: Project, view: str, language: str = "en") -> AppTest:
+    app = AppTest.from_file(SCRIPT, default_timeout=60)
+    app.session_state["project_root"] = str(project.root)
+    app.session_state["language"] = language
+    app.session_state["config_view"] = view
+    app.session_state["config_name"] = app.session_state["config_open"] = "tiny"
+    app.run()
+    assert not app.exception
+    return app
+
+
+def draft(project: Project) -> ConfigSource:
+    return ConfigSource(open_draft(project, "tiny").text)
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("view", ["form", "guide", "source", "changes"])
+def test_every_view_opens(project: Project, view: str, language: str) -> None:
+    app = show(project, view, language)
+    assert not app.error
+    assert "xtuner train" in "\n".join(code.value for code in app.code)
+
+
+def test_the_form_writes_into_the_draft(project: Project) -> None:
+    app = show(project, "form")
+    app.text_input(key="config_field_tiny_lr").input("3e-4").run()
+    app.text_area(key="config_field_tiny_lora_targets").input("q_proj\nv_proj").run()
+    assert (draft(project).get("lr"), draft(project).get("model.lora.target_modules")) == (3e-4, ["q_proj", "v_proj"])
+    app.text_area(key="config_field_tiny_lora_targets").input("").run()
+    assert draft(project).get("model.lora.target_modules") is None
+    app.text_input(key="config_field_tiny_lr").input("fast").run()
+    assert any("fast" in error.value for error in app.error)
+    assert draft(project).get("lr") == 3e-4
+
+
+def test_what_does_not_parse_is_shown_with_its_place_and_the_last_good_version_stays(project: Project) -> None:
+    app = show(project, "source")
+    good = open_draft(project, "tiny").text
+    app.text_area(key="config_source_tiny").input(good + "\nlr = = 1\n").run()
+    line = good.count("\n") + 2
+    assert any(f"line {line}" in error.value.lower() for error in app.error)
+    assert open_draft(project, "tiny").text == good
+    app.button(key="config_drop_broken").click().run()
+    assert not app.error
+
+
+def test_own_changes_become_a_recipe_for_another_config(project: Project) -> None:
+    app = show(project, "form")
+    app.text_input(key="config_field_tiny_lr").input("3e-4").run()
+    app = show(project, "guide")
+    app.text_input(key="config_own_name").input("mine").run()
+    app.button(key="config_own_keep").click().run()
+    assert not app.error
+    assert [recipe.name for recipe in list_recipes(project)] == ["mine"]
+    add_config(project, "other", open_draft(project, "tiny").saved_text)
+    app = show(project, "guide")
+    app.selectbox(key="config_name").select("other").run()
+    app.selectbox(key="config_recipe").select("mine").run()
+    app.button(key="config_recipe_apply").click().run()
+    assert not app.exception
+    assert ConfigSource(open_draft(project, "other").text).get("lr") == 3e-4
+
+
+def test_nothing_to_keep_is_said(project: Project) -> None:
+    app = show(project, "guide")
+    app.button(key="config_own_keep").click().run()
+    assert any("nothing to keep" in error.value for error in app.error)
+
+
+def test_another_config_is_compared_by_meaning(project: Project) -> None:
+    other = ConfigSource(open_draft(project, "tiny").text).set("lr", 1e-5)
+    add_config(project, "other", "# another comment\n" + other.text)
+    app = show(project, "changes")
+    app.segmented_control(key="config_against_tiny").set_value("against_other").run()
+    assert not app.exception
+    assert app.dataframe[0].value.values.tolist() == [["optim_wrapper.optimizer.lr", "0.0002", "1e-5"]]

@@ -1,0 +1,94 @@
+"""The export page: without a checkpoint, with a plan, with something delivered and what can be done with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from core.checkpoints.deliverables import deliver, list_deliverables
+from core.checkpoints.verify import verify_merge
+from core.files import write_json
+from core.project import Project, open_project
+from core.runs.directory import RunDirectory, RunSpec
+from core.runs.job import SilentProgress
+from pages.ui.export_actions import actions_of
+from tests.core.checkpoints.crafted import write_checkpoint
+from tests.models import write_tiny_llama
+
+SCRIPT = str(Path(__file__).parents[2] / "pages/deliver/export.py")
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    made = open_project(tmp_path)
+    write_tiny_llama(made.model / "tiny")
+    spec = RunSpec(id="first", kind="train", title="tiny", argv=[], cwd="/", created_at="2026-01-01T00:00:00+00:00")
+    write_json(RunDirectory(made.train / "first").spec_file, spec.to_json())
+    write_checkpoint(made.train / "first" / "iter_4.pth", made.model / "tiny")
+    return made
+
+
+def show(project: Project, monkeypatch: pytest.MonkeyPatch, language: str = "en") -> AppTest:
+    """Page links lead to pages that only the router knows: here they are left out."""
+    monkeypatch.setattr("streamlit.page_link", lambda *_args, **_options: None)
+    app = AppTest.from_file(SCRIPT, default_timeout=30)
+    app.session_state["project_root"] = str(project.root)
+    app.session_state["language"] = language
+    app.run()
+    assert not app.exception
+    return app
+
+
+def make(project: Project, **options: Any) -> None:
+    file = project.train / "first" / "iter_4.pth"
+    deliver(str(project.root), str(file), "iter_4", verify=False, progress=SilentProgress(), **options)
+
+
+def test_without_checkpoints_the_way_on_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = show(open_project(tmp_path), monkeypatch)
+    assert any("No run has saved a checkpoint" in markdown.value for markdown in app.markdown)
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_plan_says_what_it_needs_and_can_start(
+    language: str, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = show(project, monkeypatch, language)
+    assert sum(markdown.value.startswith("#### ") for markdown in app.markdown) == 3
+    assert not app.error
+    assert not app.button(key="export_start").disabled
+    assert any("huggingface/iter_4" in caption.value for caption in app.caption)
+
+
+def test_a_damaged_checkpoint_is_explained(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = project.train / "first" / "iter_4.pth"
+    file.write_bytes(file.read_bytes()[:-50])
+    app = show(project, monkeypatch)
+    assert "cut short" in app.error[0].value
+    assert not [button for button in app.button if button.key == "export_start"]
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_a_checked_model_shows_its_mark_its_figures_and_the_way_to_the_chat(
+    language: str, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(project)
+    verify_merge(str(project.final_model / "iter_4"), method="layers", progress=SilentProgress())
+    app = show(project, monkeypatch, language)
+    rows = [markdown.value for markdown in app.markdown if "/iter_4**" in markdown.value]
+    assert len(rows) == 2
+    assert sum("green-badge" in row for row in rows) == 1
+    assert app.button(key="export_chat_final_model_iter_4")
+    assert app.expander
+
+
+def test_what_can_be_done_depends_on_what_it_is(project: Project) -> None:
+    make(project)
+    found = {item.kind: actions_of(project, item) for item in list_deliverables(project)}
+    assert found == {"adapter": ["upload", "remove"], "merged": ["gguf", "verify", "upload", "remove"]}
+    (project.final_model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    own = next(item for item in list_deliverables(project) if item.path == project.final_model)
+    assert actions_of(project, own) == ["gguf"]
