@@ -163,7 +163,7 @@ def _begins_at(run: RunDirectory) -> int:
         if "begins at" in log:
             return int(log.partition("begins at ")[2].split()[0])
         time.sleep(0.05)
-    raise TimeoutError(run.log_file.read_text(encoding="utf-8", errors="replace")[-2000:])
+    raise TimeoutError(f"{run.id} did not begin: {read_status(run)}")
 
 
 def _last_iteration(run: RunDirectory) -> int:

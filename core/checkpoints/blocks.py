@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.checkpoints.lora import Change, LoadedPair, load_pair
-from core.checkpoints.tensors import NUMPY_TYPES, Array, DiskTensor, is_finite, narrow, read_into, widen
+from core.checkpoints.tensors import NUMPY_TYPES, Array, DiskTensor, is_finite, narrow, read_into, widen, widen_into
 
 BLOCK_ELEMENTS: Final = 1 << 20
-_SLICE_ELEMENTS: Final = 1 << 16
+_SLICE_ELEMENTS: Final = 1 << 17
 Floats = NDArray[np.float32]
 
 
@@ -38,7 +38,7 @@ def changed_blocks(source: DiskTensor, change: Change) -> Iterator[tuple[int, Ar
     additions = [_floats(tensor).reshape(-1) * np.float32(factor) for tensor, factor in change.additions]
     step = rows if len(source.shape) < 2 else max(1, BLOCK_ELEMENTS // width)
     buffers = _Buffers(min(rows, step) * width, start.dtype, source.dtype)
-    for row, raw in _read_rows(start, rows, width, buffers.raw):
+    for row, raw in read_rows(start, rows, width, buffers.raw):
         end = min(rows, row + step)
         delta = buffers.product(pairs, row, end, width)
         if magnitude is not None:
@@ -82,7 +82,7 @@ class _Buffers:
         for first in range(0, raw.size, self._slice.size):
             last = min(raw.size, first + self._slice.size)
             values = self._slice[: last - first]
-            _widen_into(values, raw[first:last], dtype)
+            widen_into(values, raw[first:last], dtype)
             for part in parts:
                 np.add(values, part[first:last], out=values)
             self._round(values, bits[first:last])
@@ -104,16 +104,7 @@ class _Buffers:
             np.copyto(bits, values)
 
 
-def _widen_into(values: Floats, raw: Array, dtype: str) -> None:
-    if dtype == "BF16":
-        whole = values.view(np.uint32)
-        np.copyto(whole, raw)
-        np.left_shift(whole, 16, out=whole)
-    else:
-        np.copyto(values, raw, casting="same_kind")
-
-
-def _read_rows(tensor: DiskTensor, rows: int, width: int, buffer: Array) -> Iterator[tuple[int, Array]]:
+def read_rows(tensor: DiskTensor, rows: int, width: int, buffer: Array) -> Iterator[tuple[int, Array]]:
     """(first row, bits in `buffer`); the disk is told to fetch the next rows while these are worked on."""
     step, item = buffer.size // width if width else rows, buffer.itemsize
     with open(tensor.file, "rb", buffering=0) as stream:

@@ -15,10 +15,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from core.checkpoints.blocks import read_rows
 from core.checkpoints.lora import Change, load_pair
 from core.checkpoints.merge import MergePlan
 from core.checkpoints.shards import read_folder
-from core.checkpoints.tensors import DiskTensor, widen
+from core.checkpoints.tensors import NUMPY_TYPES, DiskTensor, widen, widen_into
 from core.messages import message
 from core.runs.job import Progress
 
@@ -26,8 +27,8 @@ LAYER_TOLERANCE: Final = {"F32": 1e-5, "F16": 8e-4, "BF16": 6e-3}
 """Relative L2 error of one product W'·x that rounding W' to the type may cause: half its unit roundoff in the mean; three times that."""
 _BLOCK: Final = 1 << 18
 """Elements; a block and its float32 copy stay in the processor's cache."""
-_THREADS: Final = min(8, (os.cpu_count() or 2) + 2)
-"""More than processors: some wait for the disk."""
+_THREADS: Final = min(8, (os.cpu_count() or 2) + 1)
+"""One more than processors: one waits for the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,28 +119,27 @@ def _is_same(left: DiskTensor, right: DiskTensor) -> bool:
 
 def _product_error(source: DiskTensor, change: Change, result: DiskTensor) -> float:
     """Relative L2 error of W'·x. A NaN anywhere makes it infinite."""
-    start = change.replacement or source
-    rows, width = source.shape
-    probe = np.random.default_rng(0).standard_normal(width).astype(np.float32)
-    loaded = [load_pair(pair) for pair in change.pairs]
-    inner = [pair.right @ probe for pair in loaded]
-    error = scale = 0.0
-    step = max(1, _BLOCK // width)
-    for row in range(0, rows, step):
-        end = min(rows, row + step)
-        expected = _times(start, row, end, width, probe)
-        for pair, vector in zip(loaded, inner, strict=True):
-            expected += pair.left[row:end] @ vector
-        found = _times(result, row, end, width, probe)
-        error += float(np.square(expected - found).sum())
-        scale += float(np.square(expected).sum())
-    ratio = float(np.sqrt(error / scale)) if scale else float(np.sqrt(error))
+    probe = np.random.default_rng(0).standard_normal(source.shape[1]).astype(np.float32)
+    expected = _times(change.replacement or source, probe)
+    for pair in change.pairs:
+        loaded = load_pair(pair)
+        expected += loaded.left @ (loaded.right @ probe)
+    error, scale = np.linalg.norm(expected - _times(result, probe)), np.linalg.norm(expected)
+    ratio = float(error / scale) if scale else float(error)
     return ratio if np.isfinite(ratio) else float("inf")
 
 
-def _times(tensor: DiskTensor, row: int, end: int, width: int, probe: NDArray[np.float32]) -> NDArray[np.float32]:
-    values = widen(tensor.read_flat(row * width, end * width), tensor.dtype).reshape(-1, width)
-    product: NDArray[np.float32] = values @ probe
+def _times(tensor: DiskTensor, probe: NDArray[np.float32]) -> NDArray[np.float32]:
+    """W·x, a few rows at a time, always in the same memory."""
+    rows, width = tensor.shape
+    step = max(1, _BLOCK // width)
+    raw = np.empty(step * width, dtype=NUMPY_TYPES[tensor.dtype])
+    values = np.empty(step * width, dtype=np.float32)
+    product = np.empty(rows, dtype=np.float32)
+    for row, bits in read_rows(tensor, rows, width, raw):
+        end = row + bits.size // width
+        widen_into(values[: bits.size], bits, tensor.dtype)
+        np.matmul(values[: bits.size].reshape(-1, width), probe, out=product[row:end])
     return product
 
 

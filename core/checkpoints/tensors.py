@@ -88,6 +88,16 @@ def widen(values: Array, dtype: str) -> NDArray[np.float32]:
     return values.astype(np.float32, copy=False)
 
 
+def widen_into(values: NDArray[np.float32], raw: Array, dtype: str) -> None:
+    """As `widen`, into memory that is there."""
+    if dtype == "BF16":
+        whole = values.view(np.uint32)
+        np.copyto(whole, raw)
+        np.left_shift(whole, 16, out=whole)
+    else:
+        np.copyto(values, raw, casting="same_kind")
+
+
 def narrow(values: NDArray[np.float32], dtype: str) -> Array:
     """float32 rounded once to `dtype` (nearest, ties to even), as the numpy type that holds its bits."""
     if dtype != "BF16":

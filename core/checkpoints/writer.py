@@ -21,8 +21,8 @@ from core.messages import message
 from core.runs.job import Progress
 
 _COPY_BYTES: Final = 1 << 24
-_THREADS: Final = min(8, (os.cpu_count() or 2) + 2)
-"""More than processors: some wait for the disk."""
+_THREADS: Final = min(8, (os.cpu_count() or 2) + 1)
+"""One more than processors: one waits for the disk."""
 
 
 @dataclass(frozen=True, slots=True)
