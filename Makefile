@@ -9,7 +9,7 @@ BASE := --requirements requirements.txt --no-deps requirements-nodeps.txt
 .PHONY: run test lint demo bench clean-env setup setup-dev format
 
 setup:
-	@$(PYTHON) -m core.environment.venv ensure $(BASE) --link .venv
+	@$(PYTHON) -m core.environment.venv ensure $(BASE) --or-with requirements-dev.txt --link .venv
 
 setup-dev:
 	@$(PYTHON) -m core.environment.venv ensure $(BASE) --extra requirements-dev.txt --link .venv

@@ -46,19 +46,23 @@ def ensure(
     link: "Path | None",
     say: "Callable[[Message], None]",
     pip_options: "Sequence[str]" = (),
+    or_with: "Sequence[Path]" = (),
 ) -> Path:
     """The finished environment for these requirement files: the one in the cache, or a new one; `link` points to it.
 
-    `nodeps`: files installed with `pip --no-deps`, after the others. A build that was cut short goes on where it stopped.
+    `nodeps`: files installed with `pip --no-deps`, after the others. `or_with`: an environment that holds these files as well does too,
+    if it is there already (an environment is gigabytes). A build that was cut short goes on where it stopped.
     Raises ConflictError if something else lies at `link`, MachineError if this Python does not fit or pip fails.
     """
     require_python(sys.version_info[:2])
     if link is not None:
         venv_cache.require_link_place(link, cache)
     kept = kept_packages(requirements)
-    folder = venv_cache.environment_folder(
-        cache, [*requirements, *nodeps], " ".join(sorted(f"{n}=={v}" for n, v in kept.items()))
-    )
+    versions = " ".join(sorted(f"{n}=={v}" for n, v in kept.items()))
+    folder = venv_cache.environment_folder(cache, [*requirements, *nodeps], versions)
+    if or_with:
+        larger = venv_cache.environment_folder(cache, [*requirements, *or_with, *nodeps], versions)
+        folder = larger if venv_cache.is_whole(larger) else folder
     if not venv_cache.is_whole(folder):
         with venv_cache.locked(folder, is_waiting=False) as is_ours:
             if not is_ours:
@@ -199,6 +203,7 @@ def main(argv: "list[str]") -> int:
     build = commands.add_parser("ensure")
     build.add_argument("--requirements", type=Path, required=True)
     build.add_argument("--extra", type=Path, action="append", default=[])
+    build.add_argument("--or-with", type=Path, action="append", default=[])
     build.add_argument("--no-deps", type=Path, action="append", default=[], dest="nodeps")
     build.add_argument("--link", type=Path)
     build.add_argument("--pip-option", action="append", default=[])
@@ -235,7 +240,13 @@ def _run(arguments: argparse.Namespace, say: "Callable[[Message], None]") -> Non
     if arguments.command == "ensure":
         files = [arguments.requirements, *arguments.extra]
         folder = ensure(
-            files, arguments.nodeps, cache=cache, link=arguments.link, say=say, pip_options=arguments.pip_option
+            files,
+            arguments.nodeps,
+            cache=cache,
+            link=arguments.link,
+            say=say,
+            pip_options=arguments.pip_option,
+            or_with=arguments.or_with,
         )
         say(message("environment.venv.ready", path=str(folder)))
         return

@@ -77,6 +77,24 @@ def test_environment_is_built_once_goes_on_after_a_failure_and_appears_whole(tmp
     assert list(cache.iterdir()) == []
 
 
+def test_an_environment_that_holds_more_is_used_where_it_is_there(tmp_path: Path):
+    wheels, cache = tmp_path / "wheels", tmp_path / "cache"
+    wheel(wheels, "first")
+    wheel(wheels, "tools")
+    base, more = requirements(tmp_path, "first"), requirements(tmp_path, "tools", name="requirements-dev.txt")
+
+    def build(*files: Path, or_with: tuple[Path, ...] = ()) -> Path:
+        return venv.ensure(
+            files, [], cache=cache, link=None, say=lambda _: None, pip_options=options(wheels), or_with=or_with
+        )
+
+    small = build(base, or_with=(more,))
+    large = build(base, more)
+    assert small != large
+    assert build(base, or_with=(more,)) == large
+    assert build(base) == small
+
+
 def test_killed_build_locks_nobody_out_and_goes_on(tmp_path: Path):
     """SIGKILL while the environment is being made: what is there does not look whole, and the next build finishes it."""
     wheels, cache = tmp_path / "wheels", tmp_path / "cache"
