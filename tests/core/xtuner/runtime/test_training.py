@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from core.chat.client import Reply, start_worker, stop_worker, stream_chat
+from core.checkpoints.deliverables import deliver
 from core.checkpoints.inspect import inspect_checkpoint
 from core.config.source import ConfigSource
 from core.project import Project
 from core.runs.directory import RunDirectory
+from core.runs.job import SilentProgress
 from core.runs.state import Phase
 from core.runs.train import TrainRequest
 from core.xtuner.runtime.speed.parts import read_reports
+from tests.core.chat.conftest import wait_for
 from tests.models import write_tiny_internlm2, write_tiny_llama, write_tiny_qwen2
 from tests.training import Trained, make_project, train
 
@@ -85,6 +89,39 @@ def test_resumed_and_stopped_run_goes_on_bit_for_bit(internlm2: tuple[Project, P
     assert first.losses | resumed.losses == whole.losses
     # The second run took the first one's tokenised data; a resumed one has the checkpoint's seed, not known beforehand.
     assert ["tokenised data from" in run.log for run in (whole, first, resumed)] == [False, True, False]
+
+
+def test_internlm2_goes_all_the_way_to_a_chat(internlm2: tuple[Project, Path, Trained]) -> None:
+    """Checkpoint → adapter → merged model → chat worker, whose answer is that of a greedy loop without a cache."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from core.chat.prompt import make_encoder
+
+    project, _, whole = internlm2
+    last = max(whole.run.path.glob("iter_*.pth"), key=lambda path: int(path.stem[5:]))
+    delivered = deliver(str(project.root), str(last), "final", progress=SilentProgress())
+    assert delivered["verified"]["passed"]
+    merged = Path(delivered["model"])
+    worker = start_worker(project, merged, dtype="float32")
+    try:
+        messages = [{"role": "user", "content": "Who are you?"}]
+        endpoint = wait_for(worker).endpoint()
+        answer = "".join(stream_chat(endpoint, messages, {"temperature": 0.0, "max_tokens": 24}, Reply()))
+    finally:
+        stop_worker(worker)
+    model = AutoModelForCausalLM.from_pretrained(merged, torch_dtype=torch.float32, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=True)
+    encoder = make_encoder(tokenizer, merged, None)
+    ids, expected = encoder.encode(messages), list[int]()
+    with torch.no_grad():
+        while len(expected) < 24:
+            token = int(model(torch.tensor([ids + expected]), use_cache=False).logits[0, -1].argmax())
+            if token in encoder.stop_tokens():
+                break
+            expected.append(token)
+    assert answer == tokenizer.decode(expected, skip_special_tokens=True)
+    assert answer
 
 
 def test_deepspeed_on_two_processes_trains_and_resumes(tmp_path: Path) -> None:
