@@ -1,7 +1,7 @@
 """Checking a 1 GiB data file against loading it: seconds, memory of all processes, and what each of the two notices.
 
-`datasets.load_dataset` is what XTuner's own `check-custom-dataset` begins with; after it that tool maps ten rows, so its time is
-that of loading. Both get the same file, in processes of their own, with a cold cache of their own.
+The peers are `datasets.load_dataset` and XTuner's own `check-custom-dataset`, which loads the file and then looks at ten random rows.
+All get the same file, in processes of their own, with a cold cache of their own.
 """
 
 import json
@@ -30,6 +30,7 @@ def run() -> Result:
         rows, broken = write_rows(file, _SIZE_BYTES)
         ours = _child("check", file, home)
         peer = _child("load", file, home)
+        xtuner = _child("xtuner", file, home)
         few = Path(home) / "few.jsonl"
         write_rows(few, 700 * _MEASURED_ROWS, broken_every=10**9)
         tokens = _child("tokens", few, home)
@@ -48,6 +49,10 @@ def run() -> Result:
             "load_dataset_megabytes_per_cpu_second": round(megabytes / peer["cpu_seconds"], 1),
             "load_dataset_peak_resident_megabytes": round(peer["peak_bytes"] / 1e6),
             "load_dataset_found_rows": peer["found"],
+            "check_custom_dataset_seconds": round(xtuner["seconds"], 1),
+            "check_custom_dataset_megabytes_per_second": round(megabytes / xtuner["seconds"], 1),
+            "check_custom_dataset_peak_resident_megabytes": round(xtuner["peak_bytes"] / 1e6),
+            "check_custom_dataset_found_rows": xtuner["found"],
             "exact_tokens_per_second": round(tokens["tokens"] / tokens["seconds"]),
             "library_tokens_per_second": round(tokens["tokens"] / tokens["library_seconds"]),
         },
@@ -160,6 +165,30 @@ def _load(file: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "cpu_seconds": _cpu_seconds() - before, "found": 0}
 
 
+def _check_custom_dataset(file: Path) -> dict[str, float]:
+    """XTuner's tool on a config of ours for this file. It stops at the first bad row among the ten that it draws, else says nothing."""
+    import importlib.util
+
+    from core.config.facts import Machine, read_data, read_model
+    from core.config.presets import Wishes, make
+    from tests.models import write_tiny_llama
+
+    root = file.parent / "check_custom_dataset"
+    model = read_model(write_tiny_llama(root / "tiny"))
+    config = root / "config.py"
+    config.write_text(make(model, read_data(file), Machine(cpu_count=os.cpu_count() or 1), Wishes(max_length=2048)))
+    package = importlib.util.find_spec("xtuner")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("xtuner is not installed")
+    tool = Path(package.submodule_search_locations[0]) / "tools/check_custom_dataset.py"
+    before, started = _cpu_seconds(), time.perf_counter()
+    done = subprocess.run([sys.executable, str(tool), str(config)], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    if done.returncode and "NoneType" not in done.stderr:
+        raise RuntimeError(done.stderr[-2000:])
+    return {"seconds": seconds, "cpu_seconds": _cpu_seconds() - before, "found": int(done.returncode != 0)}
+
+
 def _tokens(file: Path) -> dict[str, float]:
     """Lengths of all rows with template and tokenizer, against the same texts given to the tokenizer library alone."""
     from core.data import statistics
@@ -191,5 +220,5 @@ def _tokens(file: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    action = {"check": _check, "load": _load, "tokens": _tokens}[sys.argv[1]]
+    action = {"check": _check, "load": _load, "xtuner": _check_custom_dataset, "tokens": _tokens}[sys.argv[1]]
     print(json.dumps(action(Path(sys.argv[2]))))

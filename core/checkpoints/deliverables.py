@@ -18,6 +18,7 @@ from core.checkpoints.recipe import read_recipe
 from core.checkpoints.verify import verify_merge
 from core.errors import DanluError
 from core.files import read_json, tree_size_bytes, within
+from core.models.remote_code import require_allowed
 from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.job import Progress
@@ -159,6 +160,8 @@ def deliver(
         return {"adapter": str(adapter), "model": None, "verified": None}
     base = base_model or read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
     check_base(Path(base), read_recipe(Path(checkpoint), {}))
+    if verify:  # the answers of both models are compared, which runs the code that comes with them
+        require_allowed(place, Path(base))
     merged = merge_adapter(base, [str(adapter)], str(place.final_model / name), progress=progress)
     verified = verify_merge(merged["path"], progress=progress) if verify else None
     return {"adapter": str(adapter), "model": merged["path"], "verified": verified}

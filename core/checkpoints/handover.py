@@ -8,6 +8,7 @@ from core.checkpoints.gguf_export import KINDS
 from core.checkpoints.upload import check_repository
 from core.errors import ConflictError, InputError
 from core.files import within
+from core.models.remote_code import require_allowed
 from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.launch import start_job
@@ -36,7 +37,8 @@ def start_gguf(project: Project, model: Path, kind: str) -> RunDirectory:
 
 
 def start_verify(project: Project, model: Path) -> RunDirectory:
-    """Check a merged model, by its answers where memory allows."""
+    """Check a merged model, by its answers where memory allows. Raises InputError if its own code is not allowed to run."""
+    require_allowed(project, model)
     arguments = {"folder": str(_inside(project, model))}
     function = "core.checkpoints.verify:verify_merge"
     return start_job(project, function, kind="verify", title=model.name, arguments=arguments)
