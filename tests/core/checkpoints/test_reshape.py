@@ -21,6 +21,7 @@ from core.runs.job import SilentProgress
 pytestmark = pytest.mark.timeout(900)
 TRAINING = Path(__file__).parent / "zero_training.py"
 STEPS, SAVE_AT = 8, 4
+_REPEATS = 5
 
 
 @dataclass
@@ -63,7 +64,24 @@ class Trainer:
         )  # fmt: skip
 
     def run(self, ranks: int, trainings: list[dict[str, Any]]) -> list[list[float]]:
-        """Losses of each of `trainings`, done one after the other by `ranks` gloo processes."""
+        """Losses of each of `trainings`, done one after the other by `ranks` gloo processes.
+
+        On an overloaded machine DeepSpeed 0.19.6's ZeRO-3 computes wrong numbers on gloo in about one training of fifty, up to NaN
+        (each collective alone is right). So one of these counts, and what it saved, once it has come out the same twice.
+        """
+        losses = self._run(ranks, trainings)
+        doubted = [at for at, training in enumerate(trainings) if ranks > 1 and training["stage"] == 3]
+        for _ in range(_REPEATS):
+            again = self._run(ranks, [trainings[at] for at in doubted]) if doubted else []
+            changed = [at for at, values in zip(doubted, again, strict=True) if values != losses[at]]
+            for at, values in zip(doubted, again, strict=True):
+                losses[at] = values
+            doubted = changed
+            if not doubted:
+                return losses
+        raise AssertionError(f"{len(doubted)} trainings of ZeRO-3 never came out the same twice")
+
+    def _run(self, ranks: int, trainings: list[dict[str, Any]]) -> list[list[float]]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
