@@ -81,6 +81,32 @@ def test_a_config_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= loaded.train_dataloader.dataset.map_num_proc <= 3
 
 
+def test_zero3_on_gloo_waits_for_every_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.comm.torch import TorchBackend
+
+    from core.xtuner.runtime import compat
+
+    class Work:
+        is_done = False
+
+        def wait(self) -> None:
+            self.is_done = True
+
+    works = [Work(), None]
+    monkeypatch.setattr(TorchBackend, "all_gather_into_tensor", lambda _self, *_args, **_options: works[0])
+    facts = {"is_cpu": True, "world_size": 2, "deepspeed": "deepspeed_zero3"}
+    needing = [
+        {patch.name for patch in compat.PATCHES if patch.is_needed(config(), compat.Facts(**{**facts, **other}))}
+        for other in ({}, {"is_cpu": False}, {"world_size": 1}, {"deepspeed": None})
+    ]
+    assert ["zero3_gathers" in names for names in needing] == [True, False, False, False]
+    compat.finish_gathers()
+    assert TorchBackend.all_gather_into_tensor(None, "output", "input", async_op=True) is works[0]
+    assert works[0].is_done
+    works.pop(0)
+    assert TorchBackend.all_gather_into_tensor(None, "output", "input") is None
+
+
 def test_a_gpu_config_keeps_its_precision() -> None:
     from core.xtuner.runtime import compat
 
