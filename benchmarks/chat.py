@@ -13,7 +13,11 @@ GPU_TARGETS: dict[str, tuple[str, float]] = {
     "bf16_same_tokens_percent": (">=", 99),
     "fp32_same_tokens_percent": ("==", 100),
 }
-CPU_TARGETS: dict[str, tuple[str, float]] = {"cpu_times_hf": (">=", 1.5)}
+CPU_TARGETS: dict[str, tuple[str, float]] = {
+    "cpu_times_hf": (">=", 1.5),
+    "cpu_fp32_same_tokens_percent": ("==", 100),
+    "cpu_turn_30_growth_beyond_attention": ("<=", 1.2),
+}
 
 
 def run() -> Result:

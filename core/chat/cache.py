@@ -31,9 +31,10 @@ class RaggedCache:
         self._head_dim = config.head_dim
         self._groups = config.heads // config.kv_heads
         self._dtype, self._device = torch.float32, device
-        self._blocks = [
-            torch.empty((*self._shape, 0, self._head_dim), dtype=self._dtype, device=device) for _ in range(slots)
-        ]
+        empty = torch.empty((*self._shape, 0, self._head_dim), dtype=self._dtype, device=device)
+        self._blocks = [empty] * slots
+        self._layers = [_by_layer(empty)] * slots
+        """Views into the blocks: (keys, values) of each layer, (kv_heads, room, head_dim)."""
         self._rows: list[tuple[int, int]] = []
 
     def begin(self, slots: list[int], starts: list[int], tokens: int) -> None:
@@ -44,30 +45,44 @@ class RaggedCache:
 
     def extend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         wide = query.to(self._dtype)
-        if len(self._rows) == 1:
-            return self._attend(layer, self._rows[0], wide, key, value).to(query.dtype)
         parts = zip(self._rows, wide.split(1), key.split(1), value.split(1), strict=True)
-        return torch.cat([self._attend(layer, *part) for part in parts]).to(query.dtype)
+        return torch.cat([self._read(layer, *part) for part in parts]).to(query.dtype)
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """As `extend` for one new token in each row: query (rows, heads, head_dim), scaled already; key and value
+        (rows, kv_heads, head_dim). Gives (rows, heads · head_dim)."""
+        if len(self._rows) == 1:
+            return self._attend(layer, self._rows[0], query, key[0], value[0])
+        parts = zip(self._rows, query, key, value, strict=True)
+        return torch.cat([self._attend(layer, *part) for part in parts])
 
     def _attend(
         self, layer: int, row: tuple[int, int], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, /
     ) -> torch.Tensor:
+        slot, place = row
+        keys, values = self._layers[slot][layer]
+        keys.select(1, place).copy_(key)
+        values.select(1, place).copy_(value)
+        past_keys, past_values = keys.narrow(1, 0, place + 1), values.narrow(1, 0, place + 1)
+        # The query heads of a key-value head are its rows, so nothing needs repeating or masking; and so little work is
+        # done soonest without waking a second thread, as scaled_dot_product_attention would.
+        grouped = query.reshape(self._shape[2], self._groups, self._head_dim)
+        shares = torch.bmm(grouped, past_keys.transpose(1, 2)).softmax(-1)
+        return torch.bmm(shares, past_values).view(1, -1)
+
+    def _read(
+        self, layer: int, row: tuple[int, int], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, /
+    ) -> torch.Tensor:
         (slot, start), tokens = row, key.shape[2]
-        keys, values = self._blocks[slot][layer]
+        keys, values = self._layers[slot][layer]
         end = start + tokens
         keys[:, start:end] = key[0]
         values[:, start:end] = value[0]
-        if tokens == 1:
-            # One query token: the query heads of a key-value head are its rows, so nothing needs repeating or masking; and
-            # so little work is done soonest without waking a second thread, as scaled_dot_product_attention would.
-            grouped = query.view(self._shape[2], self._groups, self._head_dim)
-            shares = (grouped @ keys[:, :end].transpose(1, 2)).mul_(self._head_dim**-0.5).softmax(-1)
-            return (shares @ values[:, :end]).view(query.shape)
-        past_keys, past_values = keys[None, :, :end], values[None, :, :end]
         mask = None if start == 0 else _causal_mask(start, tokens, query.device)
         return scaled_dot_product_attention(
-            query, past_keys, past_values, attn_mask=mask, is_causal=mask is None, enable_gqa=self._groups > 1
-        )
+            query, keys[None, :, :end], values[None, :, :end], attn_mask=mask, is_causal=mask is None,
+            enable_gqa=self._groups > 1,
+        )  # fmt: skip
 
     def _reserve(self, slot: int, tokens: int) -> None:
         block = self._blocks[slot]
@@ -77,7 +92,11 @@ class RaggedCache:
         room = max(held * 2, (tokens + _GROW_TOKENS - 1) // _GROW_TOKENS * _GROW_TOKENS)
         grown = torch.zeros((*self._shape, room, self._head_dim), dtype=self._dtype, device=self._device)
         grown[:, :, :, :held] = block
-        self._blocks[slot] = grown
+        self._blocks[slot], self._layers[slot] = grown, _by_layer(grown)
+
+
+def _by_layer(block: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(layer[0], layer[1]) for layer in block]
 
 
 def slot_bytes(config: DecoderConfig, length: int, dtype: torch.dtype) -> int:

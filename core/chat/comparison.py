@@ -79,15 +79,15 @@ class Comparison:
 
 def columns_of(models: Sequence[ChatModel]) -> list[Column]:
     """Columns for what was chosen; a base that an adapter beside it stands on shares the adapter's worker."""
-    adapters = {model.path.absolute(): model for model in models if model.adapter is not None}
+    adapters = {model.path.resolve(): model for model in models if model.adapter is not None}
     columns = []
     for model in models:
-        holder = adapters.get(model.path.absolute()) if model.kind == "base" else None
+        holder = adapters.get(model.path.resolve()) if model.kind == "base" else None
         source = holder or model
         columns.append(
             Column(
                 label=model.name,
-                model=str(model.path.absolute()),
+                model=str(source.path.absolute()),
                 adapter=str(source.adapter.absolute()) if source.adapter else None,
                 is_base=holder is not None,
                 prompt_template=dict(source.prompt_template) if source.prompt_template else None,
@@ -169,7 +169,7 @@ def load_comparison(project: Project, comparison_id: str) -> Comparison:
         comparison = Comparison.from_json(read_json(file))
         votes = _votes_file(project, comparison.id)
         comparison.votes = dict(read_json(votes)) if votes.is_file() else {}
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise InputError("chat.no_comparison", id=comparison_id) from error
     return comparison
 

@@ -1,4 +1,4 @@
-"""Conversations kept in the project, one JSON file each: edit, regenerate, branch, delete, export as a training sample.
+"""Conversations kept in the project, one JSON file each: edit, regenerate, branch, delete.
 
 Nothing is lost by editing: an edit begins a branch, and a new answer keeps the old ones beside it.
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from core.errors import InputError
-from core.files import read_json, write_json, write_text
+from core.files import read_json, write_json
 from core.project import Project
+from core.schema import upgraded
 
 SCHEMA_VERSION: Final = 1
-SAMPLES_FILE: Final = "chat_samples.jsonl"
 _TITLE_CHARACTERS: Final = 40
 _THINK: Final = ("<think>", "</think>")
 
@@ -127,7 +127,7 @@ def load_conversation(project: Project, conversation_id: str) -> Conversation:
     if not file.is_file():
         raise InputError("chat.no_conversation", id=conversation_id)
     try:
-        return Conversation.from_json(read_json(file))
+        return Conversation.from_json(upgraded(read_json(file), file, SCHEMA_VERSION, {0: dict}))
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError("chat.broken_conversation", path=str(file), reason=str(error)) from error
 
@@ -151,24 +151,6 @@ def delete_conversation(project: Project, conversation_id: str) -> None:
         trash = project.private / "trash"
         trash.mkdir(parents=True, exist_ok=True)
         file.replace(trash / file.name)
-
-
-def export_sample(project: Project, conversation: Conversation) -> Path:
-    """Add the conversation as one row `{"messages": […]}` to `data/chat_samples.jsonl`; a row that is there already stays one.
-
-    Raises InputError `chat.nothing_to_export` if it has no whole answer.
-    """
-    turns = conversation.turns
-    end = len(turns) if turns and turns[-1].role == "assistant" else len(turns) - 1
-    messages = conversation.messages(max(end, 0))
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise InputError("chat.nothing_to_export")
-    file = project.data / SAMPLES_FILE
-    rows = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    row = json.dumps({"messages": messages}, ensure_ascii=False)
-    if row not in rows:
-        write_text(file, "\n".join([*rows, row]) + "\n")
-    return file
 
 
 def split_thinking(text: str) -> tuple[str, str, bool]:

@@ -8,36 +8,16 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.functional import embedding, rms_norm, silu
 
 from core.chat.adapter import LowRank
 from core.chat.cache import Cache
+from core.chat.projection import Layout, Projection, make_projection
 from core.chat.weights import DecoderConfig
 from core.errors import InputError
 
 _QKV: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP: Final = ("mlp.gate_proj", "mlp.up_proj")
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """One or several linear layers with the same input, as one multiplication."""
-
-    weight: torch.Tensor
-    """(out, in); packed: in oneDNN's own layout"""
-    bias: torch.Tensor | None
-    low_rank: LowRank | None
-    is_packed: bool = False
-
-    def apply(self, x: torch.Tensor, tuned: torch.Tensor | None) -> torch.Tensor:
-        """`tuned` (rows, 1, 1): 1 for rows that want the adapter, 0 for the base model; None: base for all."""
-        if self.is_packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        else:
-            y = linear(x, self.weight, self.bias)
-        if self.low_rank is None or tuned is None:
-            return y
-        return y + linear(linear(x, self.low_rank.a) * tuned, self.low_rank.b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +38,34 @@ class Decoder:
     """Token ids → logits. Holds weights; the cache is the caller's."""
 
     def __init__(
-        self, config: DecoderConfig, weights: dict[str, torch.Tensor], adapter: dict[str, LowRank] | None = None
+        self,
+        config: DecoderConfig,
+        weights: dict[str, torch.Tensor],
+        adapter: dict[str, LowRank] | None = None,
+        layout: Layout | None = None,
     ) -> None:
-        """Takes the tensors out of `weights` as it joins them. Raises InputError `chat.missing_tensor`."""
-        self.config = config
+        """Takes the tensors out of `weights` as it joins them. `layout`: of all matrices but the embedding, see `make_projection`.
+
+        Raises InputError `chat.missing_tensor`.
+        """
+        self.config, self._layout = config, layout
         self._weights, self._adapter = weights, dict(adapter or {})
         self.embedding = self._take("model.embed_tokens.weight")
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.blocks = [self._block(f"model.layers.{layer}") for layer in range(config.layers)]
         self.norm = self._take("model.norm.weight")
         head = self.embedding if config.tied else self._take("lm_head.weight")
-        self.head = _made(head, None, self._low_rank("", ("lm_head",), (head.shape[0],)))
+        low_rank = self._low_rank("", ("lm_head",), (head.shape[0],))
+        self.head = make_projection(head, None, low_rank, layout)
         if self._adapter:
             raise InputError("chat.adapter_mismatch", module=next(iter(self._adapter)))
         self.angles = _rotations(config, self.device)
+
+    @property
+    def rounding_error(self) -> float:
+        """Relative error of the matrices as int8, mean over all; 0 where they are as loaded."""
+        matrices = [self.head, *(each for b in self.blocks for each in (b.qkv, b.out, b.gate_up, b.down))]
+        return sum(matrix.rounding_error for matrix in matrices) / len(matrices)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def forward(
@@ -121,10 +115,11 @@ class Decoder:
         biases = [self._weights.pop(f"{prefix}.{name}.bias", None) for name in names]
         sizes = tuple(weight.shape[0] for weight in weights)
         held = [bias for bias in biases if bias is not None]
-        return _made(
+        return make_projection(
             weights[0].contiguous() if len(weights) == 1 else torch.cat(weights),
             torch.cat(held) if len(held) == len(names) else None,
             self._low_rank(f"{prefix}.", names, sizes),
+            self._layout,
         )
 
     def _low_rank(self, prefix: str, names: tuple[str, ...], sizes: tuple[int, ...]) -> LowRank | None:
@@ -147,22 +142,6 @@ class Decoder:
         if tensor is None:
             raise InputError("chat.missing_tensor", name=name)
         return tensor
-
-
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether oneDNN multiplies bfloat16 here: then weights are laid out for it once, and are read at half of float32's bytes."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
-
-
-def _made(weight: torch.Tensor, bias: torch.Tensor | None, low_rank: LowRank | None) -> Projection:
-    if not can_pack(weight.dtype, weight.device):
-        return Projection(weight, bias, low_rank)
-    return Projection(torch.ops.mkldnn._reorder_linear_weight(weight, 1), bias, low_rank, is_packed=True)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

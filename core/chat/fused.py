@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, rms_norm, silu
 
 from core.chat.cache import StaticCache
-from core.chat.decoder import Block, Decoder, Projection
+from core.chat.decoder import Block, Decoder
 from core.chat.kernels import Attention, matvec
+from core.chat.projection import Projection
 
 
 class FusedStep:

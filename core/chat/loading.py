@@ -16,8 +16,9 @@ import torch
 
 from core.chat.adapter import read_adapter
 from core.chat.cache import slot_bytes
-from core.chat.decoder import Decoder, can_pack
+from core.chat.decoder import Decoder
 from core.chat.graphs import GraphRunner
+from core.chat.projection import can_pack
 from core.chat.prompt import PromptEncoder, hidden_tokens, make_encoder
 from core.chat.runners import DecoderRunner, Runner, TransformersRunner
 from core.chat.weights import read_config, read_weights, weight_files
@@ -27,6 +28,8 @@ from core.messages import message
 from core.runs.job import Progress
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT8: Final = "int8"
+"""Asked for as a dtype: see `core.chat.projection`."""
 _SLOTS: Final = {"cpu": 4, "cuda": 8}
 _MAX_TOKENS: Final = 8192
 _CACHE_SHARE: Final = 0.6
@@ -48,6 +51,9 @@ class Loaded:
     has_adapter: bool
     device: str
     dtype: str
+    """float32, bfloat16, float16, or int8: bfloat16 with its matrices rounded"""
+    rounding_error: float
+    """Relative error of the matrices by that rounding; 0 without it."""
     engine: str
     """`decoder`; on a GPU `kernels`, or `graphs` where our kernels cannot run; `transformers` for other families."""
 
@@ -63,26 +69,33 @@ class Source:
     slots: int
     max_tokens: int
     total_bytes: int
+    is_int8: bool = False
+    """Round the matrices to int8 once they are there (CPU, families that our decoder knows)."""
 
 
 def load(details: Mapping[str, Any], progress: Progress) -> Loaded:
     """Load what `details` of the run name: model, adapter, device, dtype, template, slots, max_tokens.
 
-    Raises InputError for folders that cannot be used, MachineError `chat.no_device`, `chat.not_enough_memory`.
+    Raises InputError for folders that cannot be used and `chat.no_int8`, MachineError `chat.no_device`, `chat.not_enough_memory`.
     """
     folder = Path(details["model"])
     if not (folder / "config.json").is_file():
         raise InputError("chat.no_model", path=str(folder))
     device = choose_device(details.get("device"))
     total = sum(file.stat().st_size for file in weight_files(folder))
+    wanted = details.get("dtype")
+    is_int8 = wanted == INT8
+    if is_int8 and (device.type != "cpu" or read_config(folder) is None):
+        raise InputError("chat.no_int8", model=folder.name, device=_describe(device))
     source = Source(
         folder=folder,
         adapter=Path(details["adapter"]) if details.get("adapter") else None,
         device=device,
-        dtype=choose_dtype(details.get("dtype"), device, folder),
+        dtype=choose_dtype("bfloat16" if is_int8 else wanted, device, folder),
         slots=int(details.get("slots") or _SLOTS[device.type]),
         max_tokens=int(details.get("max_tokens") or _MAX_TOKENS),
         total_bytes=total,
+        is_int8=is_int8,
     )
     _require_memory(source)
     progress.update(0, total, message("chat.progress.tokenizer"), unit="bytes")
@@ -98,7 +111,8 @@ def load(details: Mapping[str, Any], progress: Progress) -> Loaded:
         hidden_tokens=hidden_tokens(tokenizer),
         has_adapter=source.adapter is not None,
         device=_describe(device),
-        dtype=str(source.dtype).removeprefix("torch."),
+        dtype=INT8 if is_int8 else str(source.dtype).removeprefix("torch."),
+        rounding_error=runner.rounding_error if isinstance(runner, DecoderRunner) else 0.0,
         engine=engine,
     )
 
@@ -117,7 +131,7 @@ def choose_dtype(wanted: str | None, device: torch.device, folder: Path) -> torc
     """What was asked for; else bfloat16 where the device multiplies it, but float32 on a CPU for weights that are no bfloat16."""
     if wanted not in (None, "", "auto"):
         if wanted not in _DTYPES:
-            raise InputError("chat.bad_dtype", dtype=wanted, known=", ".join(_DTYPES))
+            raise InputError("chat.bad_dtype", dtype=wanted, known=", ".join([*_DTYPES, INT8]))
         return _DTYPES[str(wanted)]
     held = read_json(folder / "config.json").get("torch_dtype")
     if device.type == "cpu":
@@ -160,7 +174,7 @@ def load_decoder(source: Source, progress: Progress) -> tuple[Runner, str]:
     is_internlm2 = read_json(folder / "config.json").get("model_type") == "internlm2"
     adapter = source.adapter
     pairs = read_adapter(adapter, config, dtype, device, is_internlm2=is_internlm2) if adapter else {}
-    decoder = Decoder(config, weights, pairs)
+    decoder = Decoder(config, weights, pairs, "int8" if source.is_int8 else None)
     if device.type == "cuda":
         progress.update(total - 1, total, message("chat.progress.warming"), unit="bytes")
         free, _ = torch.cuda.mem_get_info()

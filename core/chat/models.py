@@ -43,6 +43,9 @@ def find_chat_models(project: Project, settings: Settings) -> list[ChatModel]:
         for folder in (root, *sorted(root.glob("*/")))
         if (folder / "config.json").is_file()
     }
+    for model in adapters:  # a base lies wherever it was trained from
+        if model is not None and model.is_there:
+            bases.setdefault(model.path.resolve(), ChatModel("base", model.path.name, model.path))
     return [model for model in (*merged, *adapters, *bases.values()) if model is not None]
 
 
@@ -69,7 +72,12 @@ def _adapter(folder: Path) -> ChatModel | None:
     if not settings.is_file():
         return None
     facts = _facts(folder)
-    recorded = (facts.get("base_model") or {}).get("path") or _read(settings).get("base_model_name_or_path") or ""
+    base_model = facts.get("base_model")
+    recorded = (
+        (base_model.get("path") if isinstance(base_model, dict) else None)
+        or _read(settings).get("base_model_name_or_path")
+        or ""
+    )
     base = Path(str(recorded))
     return ChatModel(
         "adapter",

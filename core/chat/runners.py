@@ -8,6 +8,7 @@ import torch
 
 from core.chat.cache import RaggedCache
 from core.chat.decoder import Decoder
+from core.chat.host_step import HostStep
 from core.chat.sampling import Sampler
 
 
@@ -108,19 +109,22 @@ class DecoderRunner(HostRunner):
         super().__init__(slots, min(max_tokens, positions), decoder.config.vocabulary, decoder.device)
         self._decoder, self._has_adapter = decoder, has_adapter
         self._cache = RaggedCache(decoder.config, slots, decoder.device)
+        self._step = HostStep(decoder, self._cache)
+        self.config, self.rounding_error = decoder.config, decoder.rounding_error
 
     def read(self, slot: int, tokens: list[int], start: int, *, tuned: bool) -> torch.Tensor:
         self._cache.begin([slot], [start], len(tokens))
         positions = torch.arange(start, start + len(tokens), device=self.device)[None]
-        return self._forward([tokens], positions, [tuned])[0]
+        ids = torch.tensor([tokens], device=self.device)
+        return self._decoder.forward(ids, positions, self._cache, self._switches([tuned]))[0]
 
     def step(self, slots: list[int], tokens: list[int], positions: list[int], tuned: list[bool]) -> torch.Tensor:
         self._cache.begin(slots, positions, 1)
-        return self._forward([[token] for token in tokens], torch.tensor(positions, device=self.device)[:, None], tuned)
+        flags = self._switches(tuned)
+        return self._step.forward(tokens, positions, None if flags is None else flags[:, 0])
 
-    def _forward(self, tokens: list[list[int]], positions: torch.Tensor, tuned: list[bool]) -> torch.Tensor:
-        flags = switches(tuned, self._decoder) if self._has_adapter and any(tuned) else None
-        return self._decoder.forward(torch.tensor(tokens, device=self.device), positions, self._cache, flags)
+    def _switches(self, tuned: list[bool]) -> torch.Tensor | None:
+        return switches(tuned, self._decoder) if self._has_adapter and any(tuned) else None
 
 
 class TransformersRunner(HostRunner):

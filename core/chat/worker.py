@@ -7,7 +7,6 @@ card; running out of memory ends only it.
 
 import asyncio
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ import uvicorn
 
 from core.chat.api import Service, make_app
 from core.chat.generation import Engine
+from core.chat.keys import KEY_FILE, write_key
 from core.chat.loading import Loaded, load
 from core.chat.prompt import added_tokens
 from core.errors import DanluError, MachineError
@@ -31,7 +31,6 @@ from core.runs.launch import now_utc
 
 HOST: Final = "127.0.0.1"
 ENDPOINT_FILE: Final = "endpoint.json"
-KEY_FILE: Final = "api_key"
 _LOOK_SECONDS: Final = 0.1
 _IDLE_SECONDS: Final = 1800.0
 _YIELD_SECONDS: Final = 3.0
@@ -44,7 +43,7 @@ def serve(run: RunDirectory) -> None:
     _die_first()
     with _listen(int(details.get("port") or 0)) as listener:
         loaded = _load(details, run)
-        key = _write_key(run.path / KEY_FILE)
+        key = write_key(run.path / KEY_FILE)
         engine = Engine(loaded.runner)
         listener.listen(128)  # before it is announced: who reads endpoint.json may call at once
         name = str(details.get("name") or Path(details["model"]).name)
@@ -102,6 +101,7 @@ def _announce(run: RunDirectory, service: Service, details: dict[str, Any], port
             "adapter": details.get("adapter"),
             "device": service.loaded.device,
             "dtype": service.loaded.dtype,
+            "rounding_error": service.loaded.rounding_error,
             "engine": service.loaded.engine,
             "max_tokens": service.loaded.runner.max_tokens,
             "template": (encoder.template.name or "config") if encoder.template else "tokenizer",
@@ -109,14 +109,6 @@ def _announce(run: RunDirectory, service: Service, details: dict[str, Any], port
             "loaded_at": now_utc(),
         },
     )
-
-
-def _write_key(file: Path) -> str:
-    key = "danlu-" + secrets.token_urlsafe(24)
-    file.unlink(missing_ok=True)
-    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as stream:
-        stream.write(key)
-    return key
 
 
 def _listen(port: int) -> socket.socket:

@@ -1,6 +1,7 @@
 """Several data sets into one: joined whole, or general rows mixed in against forgetting. Writes a new file, touches none it reads."""
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,44 @@ def mix(
     return _write(project, rows, [path, general], made, progress)
 
 
+def append(
+    project: Project,
+    path: Path | None,
+    added: Sequence[dict[str, Any]],
+    name: str,
+    *,
+    source: str,
+    progress: Progress | None = None,
+) -> tuple[Path, int]:
+    """All good rows of `path` (None: of nothing), then those of `added` (canonical form) that it does not hold, as `name`.jsonl.
+
+    `source`: where `added` come from, for the manifest. Returns the new file and how many rows were added. Raises InputError
+    `data.bad_name`, `data.nothing_new` if `path` holds them all, and as `join`.
+    """
+    if not name or Path(name).name != name or name.startswith("."):
+        raise InputError("data.bad_name", name=name[:100], known=".jsonl")
+    paths = [path] if path else []
+    read = _Reader(paths)
+    if path and detect(sample_rows(sniff(path))).format is Format.TEXT:
+        raise InputError("data.other_kinds", texts=path.name)
+    rows = [with_all_loss_keys(row) for row in added] if read.marks_loss else list(added)
+    held = {_digest(row) for each in paths for row in read(each)}
+    fresh = list({_digest(row): row for row in rows if _digest(row) not in held}.values())
+    if not fresh:
+        raise InputError("data.nothing_new", path=path.name if path else name)
+    every = itertools.chain((row for each in paths for row in read(each)), fresh)
+    made = {"name": name, "made_by": "chat", "added": len(fresh), "source": source}
+    return _write(project, every, paths, made, progress), len(fresh)
+
+
+def append_job(
+    *, project: str, path: str, added: list[dict[str, Any]], name: str, source: str, progress: Progress
+) -> dict[str, Any]:
+    """`append` to a large file as a supervised job."""
+    made, count = append(open_project(Path(project)), Path(path), added, name, source=source, progress=progress)
+    return {"path": str(made), "added": count}
+
+
 def mix_job(*, project: str, path: str, general: str, percent: int, progress: Progress) -> dict[str, Any]:
     """`mix` as a supervised job."""
     return {"path": str(mix(open_project(Path(project)), Path(path), Path(general), percent, progress=progress))}
@@ -84,13 +123,17 @@ def _unique(rows: Iterator[dict[str, Any]], counts: dict[str, int], progress: Pr
     seen: set[bytes] = set()
     for row in rows:
         counts["rows_in"] += 1
-        digest = hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=8).digest()
+        digest = _digest(row)
         if digest not in seen:
             seen.add(digest)
             counts["rows_out"] += 1
             yield row
         if counts["rows_in"] % _REPORT_EVERY_ROWS == 0:
             progress.update(counts["rows_in"], None, message("data.progress.mix"), unit="rows")
+
+
+def _digest(row: dict[str, Any]) -> bytes:
+    return hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=8).digest()
 
 
 def _sample(rows: Iterator[dict[str, Any]], count: int, chooser: random.Random) -> list[dict[str, Any]]:
@@ -126,7 +169,7 @@ class _Reader:
         texts = [path.name for path, found in self._detections.items() if found.format is Format.TEXT]
         if texts and len(texts) < len(self._detections):
             raise InputError("data.other_kinds", texts=", ".join(texts))
-        self._marks_loss = any(says_loss(sniff(path)) for path in paths)
+        self.marks_loss = any(says_loss(sniff(path)) for path in paths)
 
     def __call__(self, path: Path) -> Iterator[dict[str, Any]]:
         detection = self._detections[path]
@@ -136,7 +179,7 @@ class _Reader:
             parsed = parse_row(item.value, detection.format, detection.columns)
             if parsed.dropped_for is None:
                 row = parsed.to_row()
-                yield with_all_loss_keys(row) if self._marks_loss else row
+                yield with_all_loss_keys(row) if self.marks_loss else row
 
 
 def _detection(path: Path) -> Detection:

@@ -7,6 +7,8 @@ from core.chat.models import find_chat_models
 from core.errors import DanluError
 from pages.ui import shell
 from pages.ui.chat_compare import compare_view
+from pages.ui.chat_export import show_notice
+from pages.ui.chat_from_run import wants_comparison
 from pages.ui.chat_history import current_conversation, history_panel, show_turns
 from pages.ui.chat_model import model_bar
 from pages.ui.chat_settings import settings_panel
@@ -19,9 +21,12 @@ VIEWS = ("talk", "compare")
 project = shell.require_project()
 shell.page_header("chat")
 models = find_chat_models(project, shell.settings())
+show_notice()
 if models:
+    # No default beside the key: Streamlit warns of a value that is set twice.
+    st.session_state["chat_view"] = "compare" if wants_comparison() else st.session_state.get("chat_view", "talk")
     view = st.segmented_control(
-        t("chat.views.title"), VIEWS, default="talk", required=True, key="chat_view", label_visibility="collapsed",
+        t("chat.views.title"), VIEWS, required=True, key="chat_view", label_visibility="collapsed",
         format_func=lambda name: t(f"chat.views.{name}"), persist_state="session",
     )  # fmt: skip
     if view == "compare":

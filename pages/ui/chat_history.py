@@ -8,7 +8,6 @@ from core.chat.conversation import (
     Conversation,
     Turn,
     delete_conversation,
-    export_sample,
     list_conversations,
     load_conversation,
     new_conversation,
@@ -18,7 +17,8 @@ from core.chat.conversation import (
 from core.chat.markdown import safe_markdown
 from core.errors import DanluError
 from core.project import Project
-from pages.ui.text import show_error, t
+from pages.ui.chat_export import export_conversation
+from pages.ui.text import t
 
 AVATARS = {"user": ":material/person:", "assistant": ":material/local_fire_department:"}
 _SHOWN_CONVERSATIONS = 50
@@ -51,7 +51,7 @@ def history_panel(project: Project) -> None:
             for identity, title in saved:
                 st.button(
                     safe_markdown(title).replace("[", "(").replace("]", ")"), key=f"chat_open_{identity}", type="tertiary",
-                    on_click=_choose, args=(identity,),
+                    on_click=_reopen, args=(project, identity),
                 )  # fmt: skip
 
 
@@ -141,11 +141,7 @@ def _actions(project: Project, conversation: Conversation, *, is_ready: bool) ->
             save_conversation(project, branch)
             st.session_state["chat_conversation"] = branch.id
             st.rerun()
-        if st.button(t("chat.actions.export"), key="chat_export", icon=":material/school:", type="tertiary"):
-            try:
-                st.toast(t("chat.actions.exported", path=str(export_sample(project, conversation))))
-            except DanluError as error:
-                show_error(error)
+        export_conversation(project, conversation)
 
 
 def _edit_dialog(conversation: Conversation) -> None:
@@ -165,6 +161,15 @@ def _edit_dialog(conversation: Conversation) -> None:
 
 def _choose(identity: str | None) -> None:
     st.session_state["chat_conversation"] = identity
+
+
+def _reopen(project: Project, identity: str) -> None:
+    """A saved conversation goes on with the system prompt that it had."""
+    _choose(identity)
+    try:
+        st.session_state["chat_system"] = load_conversation(project, identity).system
+    except DanluError:
+        return  # the page says what is wrong with the file
 
 
 def _clear(project: Project) -> None:

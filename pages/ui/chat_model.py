@@ -14,6 +14,7 @@ from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.jobs import active_runs
 from core.runs.state import Phase
+from pages.ui.audit import note
 from pages.ui.chat_server import server_bar
 from pages.ui.run_waiting import waiting_text
 from pages.ui.text import gib, say, show_error, t
@@ -33,7 +34,12 @@ def model_bar(project: Project, models: list[ChatModel]) -> tuple[Target | None,
         st.session_state["chat_model"] = next(iter(names))
     picker, button = st.columns([5, 1], vertical_alignment="bottom")
     identity = picker.selectbox(
-        t("chat.pick"), list(names), format_func=names.__getitem__, key="chat_model", persist_state="session"
+        t("chat.pick"),
+        list(names),
+        format_func=names.__getitem__,
+        key="chat_model",
+        persist_state="session",
+        help=t("chat.pick_help"),
     )
     if identity == _OTHER:
         return server_bar(project, models), None
@@ -68,6 +74,8 @@ def _worker_bar(project: Project, chosen: ChatModel, button: DeltaGenerator) -> 
         st.fragment(_loading, run_every=0.7)(worker.run)
     else:
         st.caption(t("chat.ready_caption", **{name: worker.served[name] for name in _FACTS}))
+        if error := worker.served.get("rounding_error"):
+            st.caption(f":material/compress: {t('chat.rounded', percent=f'{100 * error:.2f}')}")
         _api(worker)
     return worker
 
@@ -94,6 +102,7 @@ def _load(project: Project, model: ChatModel) -> None:
     except DanluError as error:
         show_error(error)
         return
+    note("start", run.id)
     st.session_state["chat_run"] = str(run.path)
     st.rerun()
 

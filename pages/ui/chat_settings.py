@@ -53,9 +53,25 @@ def settings_panel(target: Target | None) -> tuple[dict[str, Any], str]:
 
 
 def _more() -> None:
-    st.text_area(t("chat.settings.system"), key="chat_system", persist_state="session", height=80)
-    st.number_input(t("chat.settings.top_k"), 0, 1000, key="chat_top_k", persist_state="session")
-    st.number_input(t("chat.settings.min_p"), 0.0, 1.0, step=0.01, key="chat_min_p", persist_state="session")
+    st.text_area(
+        t("chat.settings.system"),
+        key="chat_system",
+        persist_state="session",
+        height=80,
+        help=t("chat.settings.system_help"),
+    )
+    st.number_input(
+        t("chat.settings.top_k"), 0, 1000, key="chat_top_k", persist_state="session", help=t("chat.settings.top_k_help")
+    )
+    st.number_input(
+        t("chat.settings.min_p"),
+        0.0,
+        1.0,
+        step=0.01,
+        key="chat_min_p",
+        persist_state="session",
+        help=t("chat.settings.min_p_help"),
+    )
     st.number_input(
         t("chat.settings.repetition_penalty"),
         0.5,
@@ -63,21 +79,25 @@ def _more() -> None:
         step=0.05,
         key="chat_repetition_penalty",
         persist_state="session",
+        help=t("chat.settings.repetition_penalty_help"),
     )
     st.checkbox(t("chat.settings.use_seed"), key="chat_use_seed", persist_state="session")
     st.number_input(
         t("chat.settings.seed"), 0, 2**31 - 1, key="chat_seed", persist_state="session",
-        disabled=not st.session_state["chat_use_seed"],
+        disabled=not st.session_state["chat_use_seed"], help=t("chat.settings.seed_help")
     )  # fmt: skip
-    st.text_area(t("chat.settings.stop"), key="chat_stop", persist_state="session", height=80)
+    st.text_area(
+        t("chat.settings.stop"), key="chat_stop", persist_state="session", height=80, help=t("chat.settings.stop_help")
+    )
     names = {"auto": t("chat.settings.auto")}
+    weights = {"auto": t("chat.settings.as_saved"), "int8": t("chat.settings.int8")}
     st.selectbox(
         t("chat.settings.device"), ["auto", "cpu", "cuda"], format_func=lambda value: names.get(value, value),
-        key="chat_device", persist_state="session",
+        key="chat_device", persist_state="session", help=t("chat.settings.device_help")
     )  # fmt: skip
     st.selectbox(
-        t("chat.settings.dtype"), ["auto", "float32", "bfloat16", "float16"],
-        format_func=lambda value: names.get(value, value), key="chat_dtype", persist_state="session",
+        t("chat.settings.dtype"), ["auto", "float32", "bfloat16", "float16", "int8"],
+        format_func=lambda value: weights.get(value, value), key="chat_dtype", persist_state="session", help=t("chat.settings.dtype_help")
     )  # fmt: skip
 
 

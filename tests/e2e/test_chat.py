@@ -22,15 +22,17 @@ HOSTILE = (
     "<style>body{display:none}</style> The end."
 )
 ENDLESS = "go on for ever"
+"""The answer is `word0 word1 …`; what follows it in a question takes the place of `word`."""
 
 
 @dataclass
 class Llm:
-    """A stand-in for another program's server, OpenAI's API in a few lines; `asked` is what it got."""
+    """A stand-in for another program's server, OpenAI's API in a few lines; `asked` is what it got, `hung_up_at` when who asked
+    a question went away."""
 
     url: str = ""
     asked: list[dict[str, object]] = field(default_factory=list)
-    hung_up_at: float | None = None
+    hung_up_at: dict[str, float] = field(default_factory=dict)
 
 
 def serve(llm: Llm) -> ThreadingHTTPServer:
@@ -44,19 +46,21 @@ def serve(llm: Llm) -> ThreadingHTTPServer:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             llm.asked.append(body)
+            question = body["messages"][-1]["content"]
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
             try:
-                if body["messages"][-1]["content"] == ENDLESS:
+                if question.startswith(ENDLESS):
+                    word = question.removeprefix(ENDLESS).strip() or "word"
                     for number in range(10_000):
-                        self._piece(f"word{number} ")
+                        self._piece(f"{word}{number} ")
                         time.sleep(0.02)
                 for start in range(0, len(HOSTILE), 9):
                     self._piece(HOSTILE[start : start + 9])
                 self._send({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
             except OSError:
-                llm.hung_up_at = time.monotonic()
+                llm.hung_up_at[question] = time.monotonic()
 
         def _piece(self, text: str) -> None:
             self._send({"choices": [{"index": 0, "delta": {"content": text}}]})
@@ -96,10 +100,10 @@ def connect(screen: Screen, llm: Llm) -> None:
 
 def wait_until_hung_up(llm: Llm) -> float:
     deadline = time.monotonic() + 10
-    while llm.hung_up_at is None:
+    while ENDLESS not in llm.hung_up_at:
         assert time.monotonic() < deadline, "nobody listens, and it goes on"
         time.sleep(0.01)
-    return llm.hung_up_at
+    return llm.hung_up_at[ENDLESS]
 
 
 def watch(page: Page) -> list[str]:
@@ -141,15 +145,30 @@ def test_hostile_text_is_text_and_a_stop_stops(screen: Screen, llm: Llm) -> None
     kept = load_conversation(project, identity).turns[-1]
     assert kept.finish_reason == "cancelled"
     assert kept.content.startswith("word0 word1 ")
+    # What is shown is what was kept, to the last word: it has not grown since.
+    expect(messages.last).to_contain_text(kept.content.split()[-1])
+    assert kept.content.strip() in messages.last.inner_text()
+    assert load_conversation(project, identity).turns[-1].content == kept.content
 
 
-def test_closing_the_tab_stops_the_answer(screen: Screen, llm: Llm) -> None:
+def test_closing_a_tab_stops_its_answer_and_no_other(screen: Screen, llm: Llm) -> None:
     project = create_project(screen.server.home, "chatting")
-    connect(screen, llm)
-    screen.say("chat_input", ENDLESS)
+    other = Screen(screen.page.context.new_page(), screen.server)
+    for tab, question in ((screen, ENDLESS), (other, f"{ENDLESS} dragon")):
+        connect(tab, llm)
+        tab.say("chat_input", question)
     screen.see("word5", seconds=30)
+    other.see("dragon5", seconds=30)
+    assert "dragon" not in screen.page.get_by_test_id("stChatMessage").last.inner_text()
     screen.page.close()
     closed = time.monotonic()
     assert wait_until_hung_up(llm) - closed < 5
-    [(identity, _)] = list_conversations(project)
-    assert load_conversation(project, identity).turns[-1].content.startswith("word0 ")
+    assert list(llm.hung_up_at) == [ENDLESS], "the other tab still listens"
+    other.see("dragon99", seconds=30)
+    other.key("chat_input").locator("button").last.click()
+    other.see("Stopped")
+    kept = {title: load_conversation(project, identity).turns for identity, title in list_conversations(project)}
+    assert {title: [turn.content.split("0")[0] for turn in turns[1:]] for title, turns in kept.items()} == {
+        ENDLESS: ["word"],
+        f"{ENDLESS} dragon": ["dragon"],
+    }

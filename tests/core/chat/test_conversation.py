@@ -1,6 +1,5 @@
 """Conversations on disk: nothing is lost by editing, and a saved one comes back as it was."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from core.chat.conversation import (
     Conversation,
     delete_conversation,
-    export_sample,
     list_conversations,
     load_conversation,
     new_conversation,
@@ -75,21 +73,6 @@ def test_thoughts_are_told_apart_and_not_sent_again() -> None:
     conversation.ask("q")
     conversation.begin_answer("m").content = "<think>secret</think>Yes"
     assert conversation.messages()[-1]["content"] == "Yes"
-
-
-def test_export_adds_rows_once_and_keeps_what_is_there(project: Project) -> None:
-    file = project.data / "chat_samples.jsonl"
-    file.write_text('{"messages": []}\n', encoding="utf-8")
-    conversation = talk("be brief")
-    conversation.ask("unanswered")
-    for _ in range(2):
-        assert export_sample(project, conversation) == file
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert rows[0] == {"messages": []}
-    assert [message["role"] for message in rows[1]["messages"]] == ["system", *["user", "assistant"] * 2]
-    assert len(rows) == 2
-    with pytest.raises(InputError, match="nothing_to_export"):
-        export_sample(project, new_conversation())
 
 
 def test_deleted_goes_to_the_trash(project: Project) -> None:

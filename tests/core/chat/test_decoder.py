@@ -17,7 +17,7 @@ def prompt(length: int = 23, seed: int = 1) -> list[int]:
     return torch.randint(5, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def make_decoder(folder: Path, adapter: Path | None = None) -> Any:
+def make_decoder(folder: Path, adapter: Path | None = None, layout: Any = None) -> Any:
     from core.chat.adapter import read_adapter
     from core.chat.decoder import Decoder
     from core.chat.weights import read_config, read_weights
@@ -27,7 +27,7 @@ def make_decoder(folder: Path, adapter: Path | None = None) -> Any:
     pairs = (
         read_adapter(adapter, config, torch.float32, CPU, is_internlm2="internlm2" in folder.name) if adapter else {}
     )
-    return Decoder(config, read_weights(folder, torch.float32, CPU, lambda _: None), pairs)
+    return Decoder(config, read_weights(folder, torch.float32, CPU, lambda _: None), pairs, layout)
 
 
 def begin(runner: Any, slot: int, tokens: list[int], *, tuned: bool = True, **settings: Any) -> int:
@@ -191,6 +191,33 @@ def test_an_adapter_is_switched_per_row(tmp_path: Path, family: str) -> None:
     assert answers == [decode(runner, tokens, 11, tuned=tuned) for tuned in (True, False)]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_gives_what_reading_gives_with_norms_of_queries_and_keys(tmp_path: Path, rows: int) -> None:
+    """Qwen3's attention: reading a prompt goes through `Decoder.forward`, a step through `HostStep`."""
+    from core.chat.decoder import Decoder
+    from core.chat.runners import DecoderRunner
+    from core.chat.weights import read_config, read_weights
+
+    folder = write_tiny_llama(tmp_path / "llama")
+    config = read_config(folder)
+    assert config is not None
+    weights = read_weights(folder, torch.float32, CPU, lambda _: None)
+    for layer in range(config.layers):
+        for number, name in enumerate(("q_norm", "k_norm")):
+            random = torch.Generator().manual_seed(10 * layer + number)
+            weights[f"model.layers.{layer}.self_attn.{name}.weight"] = (
+                torch.rand(config.head_dim, generator=random) + 0.5
+            )
+    runner = DecoderRunner(Decoder(config, weights), 2, 512, has_adapter=False)
+    slots = list(range(rows))
+    prompts = [prompt(12 + slot, slot) for slot in slots]
+    expected = [runner.read(slot, prompts[slot], 0, tuned=False) for slot in slots]
+    for slot in slots:
+        runner.read(slot, prompts[slot][:-1], 0, tuned=False)
+    got = runner.step(slots, [each[-1] for each in prompts], [len(each) - 1 for each in prompts], [False] * rows)
+    torch.testing.assert_close(got, torch.stack(expected), atol=2e-5, rtol=1e-4)
+
+
 SETTINGS = [
     {"temperature": 1.0},
     {"temperature": 0.7, "top_p": 0.8},
@@ -255,19 +282,29 @@ def test_an_answer_on_a_runner_that_runs_ahead_ends_where_it_should(tmp_path: Pa
 @pytest.mark.parametrize("held", ["bfloat16", "float32"])
 def test_bfloat16_on_the_cpu_is_what_transformers_computes(tmp_path: Path, held: str) -> None:
     """Packed weights where the machine has them; and only weights that are bfloat16 are taken so without being asked."""
-    from core.chat.decoder import Decoder, can_pack
+    from core.chat.decoder import Decoder
     from core.chat.loading import choose_dtype
+    from core.chat.projection import can_pack
     from core.chat.runners import DecoderRunner
     from core.chat.weights import read_config, read_weights
 
     folder = write_tiny_llama(tmp_path / "llama", dtype=held)
     config = read_config(folder)
     assert config is not None
-    decoder = Decoder(config, read_weights(folder, torch.bfloat16, CPU, lambda _: None))
-    assert decoder.head.is_packed == can_pack(torch.bfloat16, CPU)
-    got = DecoderRunner(decoder, 1, 512, has_adapter=False).read(0, prompt(), 0, tuned=True)
+    weights = read_weights(folder, torch.bfloat16, CPU, lambda _: None)
+    decoder = Decoder(config, dict(weights))
+    assert (decoder.head.layout == "packed") == can_pack(torch.bfloat16, CPU)
     with torch.no_grad():
         expected = reference(folder)(torch.tensor([prompt()]), use_cache=False).logits[0, -1]
-    assert float((got.float() - expected).norm() / expected.norm()) < 0.02
+    rounded = Decoder(config, weights, layout="int8")
+    assert rounded.head.layout == "int8"
+    assert decoder.rounding_error == 0.0 < rounded.rounding_error < 0.02
+    for each, most in ((decoder, 0.02), (rounded, 0.04)):
+        runner = DecoderRunner(each, 1, 512, has_adapter=False)
+        whole = runner.read(0, prompt(), 0, tuned=True)  # many rows at once, then one
+        runner.read(0, prompt()[:-1], 0, tuned=True)
+        stepped = runner.step([0], prompt()[-1:], [len(prompt()) - 1], [True])[0]
+        for got in (whole, stepped):
+            assert float((got.float() - expected).norm() / expected.norm()) < most
     chosen = choose_dtype("auto", CPU, folder)
-    assert chosen == torch.float32 or (held == "bfloat16" and decoder.head.is_packed)
+    assert chosen == torch.float32 or (held == "bfloat16" and decoder.head.layout == "packed")

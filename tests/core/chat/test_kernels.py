@@ -19,7 +19,7 @@ def compare(folder: Path, adapter: Path | None) -> None:
     """One row alone, then two rows of a batch whose slots are not next to each other; logits, then tokens."""
     from core.chat.graphs import GraphRunner
 
-    decoder = make_decoder(folder, adapter)
+    decoder = make_decoder(folder, adapter, "plain")  # as on a GPU
     fused, plain = (
         GraphRunner(decoder, 3, 256, has_adapter=adapter is not None, is_fused=is_fused) for is_fused in (True, False)
     )

@@ -1,29 +1,34 @@
 """Another program's server: found if installed, started with its own command line, talked to, and ended."""
 
+import json
+import stat
 import time
 from pathlib import Path
 
 import pytest
 
 from core.chat.client import Endpoint, list_models
-from core.chat.servers import installed_engines, start_server
+from core.chat.servers import find_servers, installed_engines, start_server
 from core.errors import InputError, JobError, MachineError
+from core.models.remote_code import allow
 from core.project import Project, open_project
 from core.runs.control import request_stop
 from core.runs.state import read_status
 
 STAND_IN = """
-import argparse, json
+import argparse, json, os
 from http.server import BaseHTTPRequestHandler, HTTPServer
 parser = argparse.ArgumentParser()
 for name in ("--model", "--served-model-name", "--host", "--port"):
     parser.add_argument(name, required=True)
+parser.add_argument("--trust-remote-code", action="store_true")
 given = parser.parse_args()
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200)
+        is_known = self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
+        self.send_response(200 if is_known else 401)
         self.end_headers()
-        self.wfile.write(json.dumps({"data": [{"id": given.served_model_name}]}).encode())
+        self.wfile.write(json.dumps({"data": [{"id": given.served_model_name}, {"id": str(given.trust_remote_code)}]}).encode())
 HTTPServer((given.host, int(given.port)), Handler).serve_forever()
 """
 
@@ -55,19 +60,55 @@ def test_an_installed_one_serves_the_model(project: Project, tmp_path: Path, mon
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     assert "vllm" in installed_engines()
-    run, url = start_server(project, "vllm", project.final_model / "tuned {x}", "my model")
+    folder = project.final_model / "tuned {x}"
+    (folder / "config.json").write_text('{"auto_map": {"AutoModel": "own.Model"}}')
+    (folder / "own.py").write_text("")
+    with pytest.raises(InputError, match="code_not_allowed"):
+        start_server(project, "vllm", folder, "my model")
+    allow(project, folder)
+    run, endpoint = start_server(project, "vllm", folder, "my model")
     try:
         deadline = time.monotonic() + 20
         while True:
             try:
-                assert list_models(Endpoint(url)) == ["my model"]
+                assert list_models(endpoint) == ["my model", "True"]
                 break
             except JobError:
                 assert time.monotonic() < deadline, run.log_file.read_text()
                 time.sleep(0.1)
+        with pytest.raises(JobError, match="refused"):
+            list_models(Endpoint(endpoint.url, "guessed"))
+        assert stat.S_IMODE((run.path / "api_key").stat().st_mode) == 0o600
+        assert endpoint.key not in run.spec_file.read_text()
+        assert [server.endpoint for server in find_servers(project)] == [endpoint]
     finally:
         request_stop(run, "cancel")
         deadline = time.monotonic() + 20
         while read_status(run).phase.is_active and time.monotonic() < deadline:
             time.sleep(0.1)
     assert not read_status(run).phase.is_active
+    assert find_servers(project) == []
+
+
+@pytest.mark.parametrize(("source", "is_told"), [("ArgumentHelper.trust_remote_code(parser)", True), ("", False)])
+def test_an_lmdeploy_that_knows_no_trust_is_not_told_to_trust(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, is_told: bool
+) -> None:
+    package = tmp_path / "site" / "lmdeploy"
+    (package / "cli").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "cli" / "serve.py").write_text(source)
+    (package / "__main__.py").write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    folder = project.final_model / "tuned {x}"
+    (folder / "config.json").write_text('{"auto_map": {"AutoModel": "own.Model"}}')
+    run, endpoint = start_server(project, "lmdeploy", folder, "mine")
+    deadline = time.monotonic() + 20
+    while read_status(run).phase.is_active:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    [said] = [json.loads(line) for line in run.log_file.read_text().splitlines() if line.startswith("[")]
+    assert said[:5] == ["serve", "api_server", str(folder), "--model-name", "mine"]
+    assert said[-2:] == ["--api-keys", endpoint.key]
+    assert ("--trust-remote-code" in said) == is_told

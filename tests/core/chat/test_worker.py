@@ -27,9 +27,10 @@ from core.chat.client import (
     stream_chat,
 )
 from core.errors import DanluError, InputError, JobError
-from core.files import read_json
+from core.files import read_json, write_json
 from core.project import Project, open_project
 from core.runs.directory import RunDirectory
+from core.runs.job import SilentProgress
 from core.runs.state import Phase
 from tests.core.chat.conftest import wait_for
 from tests.models import write_tiny_llama
@@ -278,10 +279,13 @@ def ended(run: RunDirectory, seconds: float = 20.0) -> Worker:
     return found
 
 
-def test_nobody_asks_and_it_goes(tmp_path: Path) -> None:
+def test_weights_as_int8_say_by_how_much_and_once_nobody_asks_it_goes(tmp_path: Path) -> None:
     project = open_project(tmp_path)
-    run = start_worker(project, write_tiny_llama(project.model / "llama"), idle_seconds=0.5)
-    assert wait_for(run).served
+    run = start_worker(project, write_tiny_llama(project.model / "llama"), dtype="int8", idle_seconds=0.5)
+    served = wait_for(run).served
+    assert served
+    assert served["dtype"] == "int8"
+    assert 0.0 < served["rounding_error"] < 0.02
     assert ended(run).status.phase is Phase.FINISHED
     assert not (run.path / "endpoint.json").exists()
 
@@ -321,6 +325,15 @@ def test_a_worker_that_the_kernel_kills_takes_nothing_with_it(worker: Worker, tm
     assert (status.phase, status.signal) == (Phase.FAILED, signal.SIGKILL)
     assert find_workers(project) == []
     assert ask(worker.endpoint(), "hi").usage["completion_tokens"] > 0
+
+
+def test_a_family_that_another_engine_decodes_is_not_rounded(tmp_path: Path) -> None:
+    from core.chat.loading import load
+
+    folder = write_tiny_llama(tmp_path / "gemma")
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), "model_type": "gemma2"})
+    with pytest.raises(InputError, match="no_int8"):
+        load({"model": str(folder), "device": "cpu", "dtype": "int8"}, SilentProgress())
 
 
 def test_a_model_that_cannot_fit_says_how_much_is_short(tmp_path: Path) -> None:
