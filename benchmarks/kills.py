@@ -1,4 +1,8 @@
-"""kill -9 at random moments: of a rank, of torchrun, of the supervisor, inside a save. Every checkpoint that looks whole must be whole."""
+"""kill -9 at random moments: of a rank, of torchrun, of the supervisor, inside a save. Every checkpoint that looks whole must be whole.
+
+A run is killed, and the next goes on from what it left. Two such chains go side by side: while one waits for the end of what it
+killed, the other starts.
+"""
 
 import os
 import random
@@ -7,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,6 +28,7 @@ from core.runs.state import RunStatus, read_status
 from core.xtuner.command import free_port, training_env
 
 KILLS: Final = 50
+_CHAINS: Final = 2
 VICTIMS: Final = ("rank 0", "rank 1", "torchrun", "supervisor", "rank in a save")
 _TRAINER: Final = Path(__file__).parent / "training/saving_ranks.py"
 _STEPS: Final = 100_000
@@ -49,20 +55,29 @@ class Kill:
 def run() -> Result:
     with tempfile.TemporaryDirectory() as home:
         os.environ[FOLDER_VARIABLE] = str(Path(home) / "devices")
-        chance = random.Random(7)
-        done = [kill_once(Path(home), number, VICTIMS[number % len(VICTIMS)], chance) for number in range(KILLS)]
+        with ThreadPoolExecutor(_CHAINS) as pool:
+            chains = list(pool.map(lambda number: _chain(Path(home) / f"chain_{number}", number), range(_CHAINS)))
+    done = [kill for chain in chains for kill in chain]
+    later = [kill for chain in chains for kill in chain[1:]]
     lost = sum(kill.kept is not None and kill.kept < kill.reached - 3 for kill in done)
     figures = {
         "kills": len(done),
         "broken_checkpoints": sum(len(kill.broken) for kill in done),
         "without_checkpoint": sum(kill.kept is None for kill in done),
         "lost_more_than_one_save": lost,
-        "not_resumed": sum(kill.started_at == 1 for kill in done[1:]),
+        "not_resumed": sum(kill.started_at == 1 for kill in later),
         "left_processes": sum(kill.left_processes for kill in done),
         "slowest_end_seconds": round(max(kill.end_seconds for kill in done), 1),
     }
     zero = ("broken_checkpoints", "without_checkpoint", "lost_more_than_one_save", "not_resumed", "left_processes")
     return Result(figures, dict.fromkeys(zero, ("==", 0)) | {"slowest_end_seconds": ("<=", 60.0)})
+
+
+def _chain(home: Path, first: int) -> list[Kill]:
+    """Every `_CHAINS`th kill, from number `first` on, one after the other."""
+    home.mkdir()
+    chance = random.Random(first)
+    return [kill_once(home, number, VICTIMS[number % len(VICTIMS)], chance) for number in range(first, KILLS, _CHAINS)]
 
 
 def kill_once(home: Path, number: int, victim: str, chance: random.Random) -> Kill:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from core.xtuner.runtime.checkpoint import remove, write_whole
+from core.xtuner.runtime.whole import remove, write_whole
 
 ELEMENTS = 400_000
 _SHAPE = (2, ELEMENTS)

@@ -58,6 +58,17 @@ def rescale_counters(states: dict[str, Any], old: int, new: int, stretch: Fracti
         states["message_hub"] = {**hub, "runtime_info": {**hub["runtime_info"], "keep_ckpt_ids": [iteration]}}
 
 
+def carry_counters(states: dict[str, Any], old: int, new: int, stretch: Fraction = Fraction(1)) -> list[float] | None:
+    """As `rescale_counters`; returns the optimizer's learning rates there, None if they stay. Raises InputError."""
+    rescale_counters(states, old, new, stretch)
+    if old == new and stretch == 1:
+        return None
+    rates = learning_rates(states)
+    if stretch != 1 and rates is None and states.get("param_schedulers"):
+        raise InputError("reshape.unknown_schedule")
+    return rates
+
+
 def learning_rates(states: dict[str, Any]) -> list[float] | None:
     """The learning rate of each parameter group at the schedulers' place, in closed form.
 

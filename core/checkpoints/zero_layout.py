@@ -1,17 +1,21 @@
-"""How DeepSpeed ZeRO lays fp32 masters and optimizer moments out over ranks, read as whole tensors by name.
+"""How DeepSpeed ZeRO lays fp32 masters and optimizer moments out over ranks: by name, the pieces of files that each lies in.
 
-Reads the folders that ZeRO-1, 2 and 3 write, memory-mapped; builds no engine and writes nothing. The layouts are
+Knows the folders that ZeRO-1, 2 and 3 write; reads no tensor, builds no engine and writes nothing. The layouts are
 DeepSpeed's own (`runtime/zero/stage_1_and_2.py`, `stage3.py`, versions 0.15 to 0.19).
 """
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from core.checkpoints.reader import read_torch_file
+from core.checkpoints.tensors import DiskTensor
+from core.checkpoints.transfer import Piece
 from core.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,6 +78,54 @@ def ranked_files(folder: Path, ending: str) -> list[Path]:
     return [files[rank] for rank in sorted(files)]
 
 
+class Source(Protocol):
+    """A checkpoint whose tensors can be written anew in another form. `ZeroFolder` says what its parts are."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage; 0: a plain file."""
+
+    @property
+    def parameters(self) -> list[Parameter]: ...
+
+    @property
+    def parameter_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def keys(self) -> list[str]: ...
+
+    @property
+    def model_states(self) -> dict[str, Any]: ...
+
+    @property
+    def outer(self) -> dict[str, Any]: ...
+
+    @property
+    def prefix(self) -> str: ...
+
+    @property
+    def clip_grad(self) -> float | None: ...
+
+    @property
+    def sub_group_elements(self) -> int: ...
+
+    @property
+    def module(self) -> Mapping[str, Any]: ...
+
+    def shared_state(self, stage: int) -> dict[str, Any]: ...
+
+    def dtype(self, key: str) -> str: ...
+
+    def scalars(self, group: int) -> dict[str, Any]: ...
+
+    def pieces(self, name: str, key: str) -> list[Piece]: ...
+
+    def frozen(self) -> "OrderedDict[str, torch.Tensor]": ...
+
+
 class ZeroFolder:
     """One DeepSpeed ZeRO checkpoint (XTuner: `iter_N.pth/`). Opening it checks that it is whole and covered.
 
@@ -114,17 +166,30 @@ class ZeroFolder:
         return config
 
     @cached_property
-    def optimizer_states(self) -> list[dict[str, Any]]:
-        """`optimizer_state_dict` of every rank."""
-        return [load(file)["optimizer_state_dict"] for file in self.optimizer_files]
+    def outer(self) -> dict[str, Any]:
+        """The first rank's optimizer file, its objects as torch and DeepSpeed make them; beside its state it holds settings."""
+        outer: dict[str, Any] = load(self.optimizer_files[0])
+        return outer
+
+    @property
+    def optimizer_state(self) -> dict[str, Any]:
+        """What the first rank's optimizer says; beside its tensors all ranks say the same."""
+        state: dict[str, Any] = self.outer["optimizer_state_dict"]
+        return state
+
+    @cached_property
+    def layouts(self) -> list[dict[str, Any]]:
+        """`optimizer_state_dict` of every rank, its tensors on the disk."""
+        return [read_torch_file(file)["optimizer_state_dict"] for file in self.optimizer_files]
 
     @cached_property
     def stage(self) -> int:
-        stage = self.optimizer_states[0]["zero_stage"]
+        stage = self.optimizer_state["zero_stage"]
         return int(getattr(stage, "value", stage))
 
     @property
     def sub_group_elements(self) -> int:
+        """Limit of a ZeRO-3 sub-group."""
         return int(self.zero_config.get("sub_group_size", 10**9))
 
     @cached_property
@@ -135,11 +200,10 @@ class ZeroFolder:
 
     @property
     def _inner(self) -> dict[str, Any]:
-        return self._inner_of(0)
+        return self._inner_of(self.optimizer_state)
 
-    def _inner_of(self, rank: int) -> dict[str, Any]:
-        states = self.optimizer_states[rank]
-        inner: dict[str, Any] = states["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
+    def _inner_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        inner: dict[str, Any] = state["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
         return inner
 
     @cached_property
@@ -159,12 +223,13 @@ class ZeroFolder:
             for name, shape in shapes[flat].items()
         ]
 
-    def _flat(self, rank: int, flat: int, key: str) -> "torch.Tensor":
+    def _flat(self, rank: int, flat: int, key: str) -> DiskTensor:
+        states = self.layouts[rank]
         if key != MASTER:
-            tensor: torch.Tensor = self._inner_of(rank)["state"][flat][key]
+            tensor: DiskTensor = self._inner_of(states)["state"][flat][key]
             return tensor
         name = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-        master: torch.Tensor = self.optimizer_states[rank][name][flat]
+        master: DiskTensor = states[name][flat]
         return master
 
     @cached_property
@@ -221,23 +286,58 @@ class ZeroFolder:
                 )
                 offset += part
 
-    def read_into(self, target: "torch.Tensor", name: str, key: str, start: int) -> None:
-        """Copy elements `start … start + len(target)` of a parameter's master or moment into the 1-D tensor `target`."""
-        stop = start + target.numel()
-        for piece in self._pieces[name]:
-            low, high = max(start, piece.start), min(stop, piece.start + piece.count)
-            if low < high:
-                source = self._flat(piece.rank, piece.flat, key)
-                begin = piece.offset + low - piece.start
-                target[low - start : high - start].copy_(source.detach()[begin : begin + high - low])
+    def pieces(self, name: str, key: str) -> list[Piece]:
+        """Where a parameter's master or moment lies, in order."""
+        return [
+            Piece(self._flat(piece.rank, piece.flat, key), piece.offset, piece.offset + piece.count)
+            for piece in self._pieces[name]
+        ]
 
-    def read(self, parameter: Parameter, key: str) -> "torch.Tensor":
-        """A whole master or moment, fp32, flat."""
+    def dtype(self, key: str) -> str:
+        """Type of all masters, or of one of the moments."""
+        return self._flat(0, 0, key).dtype
+
+    @cached_property
+    def module(self) -> Mapping[str, Any]:
+        """The model's own weights in the first file, tensors on the disk; in ZeRO-3 placeholders and buffers."""
+        module: Mapping[str, Any] = read_torch_file(self.model_files[0])["module"]
+        return module
+
+    def frozen(self) -> "OrderedDict[str, torch.Tensor]":
+        """Frozen weights that were stored, whole: fragments in ZeRO-3, inside `module` in ZeRO-1/2."""
         import torch
 
-        whole = torch.empty(parameter.elements, dtype=torch.float32)
-        self.read_into(whole, parameter.name, key, 0)
-        return whole
+        trained = {parameter.name for parameter in self.parameters}
+        states = self.model_states
+        if self.stage != 3:
+            buffers = set(states.get("buffer_names", []))
+            return OrderedDict((n, v) for n, v in states["module"].items() if n not in trained and n not in buffers)
+        if not states.get("frozen_param_fragments"):
+            return OrderedDict()
+        ranks = [load(file)["frozen_param_fragments"] for file in self.model_files]
+        return OrderedDict(
+            (name, torch.cat([rank[name].flatten() for rank in ranks])[: math.prod(shape)].view(tuple(shape)))
+            for name, shape in states["frozen_param_shapes"].items()
+        )
+
+    def shared_state(self, stage: int) -> dict[str, Any]:
+        """What every rank's optimizer state says alike in a folder of this stage: the loss scaler and its flags."""
+        del stage
+        kept = ("loss_scaler", "dynamic_loss_scale", "overflow")
+        return {key: self.optimizer_state[key] for key in kept if key in self.optimizer_state}
+
+    @property
+    def prefix(self) -> str:
+        """Begins the names of the optimizer files."""
+        return self.optimizer_files[0].name.split("zero_pp_rank_")[0]
+
+    @property
+    def clip_grad(self) -> float | None:
+        """Norm that gradients are clipped to; None: what the engine is set to."""
+        clip: float | None = self.optimizer_state.get(
+            "clip_grad", self.model_states["ds_config"].get("gradient_clipping", 0.0)
+        )
+        return clip
 
 
 def padded(elements: int, parts: int) -> int:

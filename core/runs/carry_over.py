@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from core.checkpoints.reshape import rescale_file, reshape
-from core.checkpoints.warm import write_weights
+from core.checkpoints.warm import write_model, write_weights
 from core.messages import message
 from core.project import Project
+from core.runs.directory import RunSpec
 from core.runs.job import Progress
 from core.runs.launch import launch
 from core.runs.resume import Mode
@@ -26,7 +27,7 @@ def carry_over(project: str, request: dict[str, Any], *, progress: Progress) -> 
     spec = plan(place, wanted)
     run = make_folder(place, spec)
     try:
-        written = _write(spec.details["resumed_from"], run.path, progress)
+        written = write_checkpoint_for(spec, run.path, progress)
         write_source(run, spec, wanted)
         inherit_rules(place.private, run)
         progress.check()
@@ -37,13 +38,18 @@ def carry_over(project: str, request: dict[str, Any], *, progress: Progress) -> 
     return {"run": spec.id, **written}
 
 
-def _write(resumed: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    source = Path(resumed["checkpoint"])
+def write_checkpoint_for(spec: RunSpec, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Write what the run `spec` begins with into its `folder`. Returns what was compared. Raises what writing raises."""
+    resumed = spec.details["resumed_from"]
+    source, target = Path(resumed["checkpoint"]), folder / resumed["written_name"]
+    if resumed["mode"] == Mode.WEIGHTS and resumed["is_adapter"]:
+        return {"tensors": write_weights(source, target, progress=progress)}
     if resumed["mode"] == Mode.WEIGHTS:
-        return {"tensors": write_weights(source, folder / resumed["written_name"], progress=progress)}
-    target, old, new = folder / resumed["written_name"], resumed["from_world_size"], resumed["to_world_size"]
+        base_model = spec.details["base_model"]["path"]
+        return {"tensors": write_model(source, target, base_model=base_model, progress=progress)}
+    old, new = resumed["from_world_size"], resumed["to_world_size"]
     stretch = Fraction(resumed["to_epochs"]) / Fraction(resumed["from_epochs"]) if resumed["to_epochs"] else Fraction(1)
-    if resumed["from_stage"] == 0:
+    if resumed["from_stage"] == resumed["to_stage"] == 0:
         rescale_file(source, target, old, new, stretch=stretch, progress=progress)
         return {}
     result = reshape(
@@ -51,6 +57,7 @@ def _write(resumed: dict[str, Any], folder: Path, progress: Progress) -> dict[st
         str(target),
         new,
         stage=resumed["to_stage"],
+        from_world_size=old,
         accumulative_counts=resumed["from_accumulation"],
         stretch=stretch,
         progress=progress,

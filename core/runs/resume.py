@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from core.checkpoints.counters import check_counters, rescaled_accumulation
 from core.checkpoints.inspect import CheckpointCard, inspect_checkpoint
+from core.checkpoints.plain_layout import PlainFile
 from core.checkpoints.trust import scan
 from core.config.source import ConfigSource
 from core.errors import InputError
@@ -26,13 +27,16 @@ from core.runs.origin import (
 )
 
 WARM_START: Final = "warm_start.pth"
-"""Name of the weights a run begins with, in its folder."""
+"""Name of the adapter a run begins with, in its folder."""
+WARM_MODEL: Final = "warm_start"
+"""Name of the whole model that a full fine-tune begins with, in its folder."""
 _ACCUMULATION: Final = ("accumulative_counts", "optim_wrapper.accumulative_counts")
 _EPOCHS: Final = ("max_epochs", "train_cfg.max_epochs")
 _ITERATIONS: Final[tuple[str, ...]] = ("train_cfg.max_iters",)
 _INTERVALS: Final[tuple[tuple[str, ...], ...]] = (
     ("save_steps", "default_hooks.checkpoint.interval"),
     ("evaluation_freq", "custom_hooks[EvaluateChatHook].every_n_iters"),
+    ("validation_freq", "validation.every_n_iters"),
 )
 """Counted in iterations, so they scale with them."""
 
@@ -67,6 +71,7 @@ class ResumePlan:
     """Places of the run's own copy of the config → values."""
     ignored: tuple[str, ...] = ()
     """Changes of the config that the saved state overrides, as `name: saved → chosen`."""
+    is_adapter: bool = True
 
     @property
     def stretch(self) -> Fraction:
@@ -78,13 +83,15 @@ class ResumePlan:
     @property
     def is_written_anew(self) -> bool:
         """Whether a checkpoint must be made from this one before training can start."""
-        is_cut_anew = self.from_world_size != self.to_world_size or (self.from_stage == 3) != (self.to_stage == 3)
+        is_cut_anew = self.from_world_size != self.to_world_size or _form(self.from_stage) != _form(self.to_stage)
         return self.mode is Mode.WEIGHTS or is_cut_anew or self.stretch != 1
 
     @property
     def written_name(self) -> str:
         """File or folder that is written into the new run's directory."""
-        return WARM_START if self.mode is Mode.WEIGHTS else f"iter_{self.to_iteration}.pth"
+        if self.mode is Mode.WEIGHTS:
+            return WARM_START if self.is_adapter else WARM_MODEL
+        return f"iter_{self.to_iteration}.pth"
 
     def to_json(self) -> dict[str, Any]:
         plain = {**asdict(self), "checkpoint": str(self.checkpoint)}
@@ -120,6 +127,15 @@ def plan_resume(
     return _exact_plan(origin, source, world_size, deepspeed, extra_epochs)
 
 
+def start_edits(resumed: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Places of the new run's config → values, so that it begins with the weights in its own `folder`. `resumed`: a plan as JSON."""
+    if resumed["mode"] != Mode.WEIGHTS:
+        return {}
+    # XTuner loads `peft_model` into the fresh adapter; a whole model takes the place of the base model.
+    place = "model.peft_model" if resumed["is_adapter"] else "model.llm.pretrained_model_name_or_path"
+    return {place: str(folder / resumed["written_name"])}
+
+
 def edited(source: ConfigSource, edits: Mapping[str, Any]) -> ConfigSource:
     """The config with the plan's changes."""
     for place, value in edits.items():
@@ -135,14 +151,18 @@ def stage_of(deepspeed: str | None) -> int:
 def explain(plan: ResumePlan) -> list[Message]:
     """What will happen, one sentence each."""
     if plan.mode is Mode.WEIGHTS:
-        return [message("resume.happens.weights", iteration=plan.from_iteration), message("resume.happens.new_folder")]
+        key = "weights" if plan.is_adapter else "model"
+        said = [message(f"resume.happens.{key}", iteration=plan.from_iteration)]
+        return [*said, message("resume.happens.new_folder")]
     said = [message("resume.happens.exact", iteration=plan.to_iteration)]
     if plan.from_world_size != plan.to_world_size:
-        key = "resume.happens.ranks" if plan.from_stage else "resume.happens.plain_ranks"
+        is_partitioned = plan.from_stage or plan.to_stage
+        key = "resume.happens.ranks" if is_partitioned else "resume.happens.plain_ranks"
         said.append(message(key, old=plan.from_world_size, new=plan.to_world_size))
         said.append(message("resume.happens.counters", old=plan.from_iteration, new=plan.to_iteration))
-    if (plan.from_stage == 3) != (plan.to_stage == 3):
-        said.append(message("resume.happens.stage", old=plan.from_stage, new=plan.to_stage))
+    if _form(plan.from_stage) != _form(plan.to_stage):
+        key = "to_deepspeed" if not plan.from_stage else "from_deepspeed" if not plan.to_stage else "stage"
+        said.append(message(f"resume.happens.{key}", old=plan.from_stage, new=plan.to_stage))
     if plan.from_accumulation != plan.to_accumulation:
         said.append(message("resume.happens.accumulation", old=plan.from_accumulation, new=plan.to_accumulation))
     if plan.stretch != 1:
@@ -167,8 +187,6 @@ def _check_origin(origin: Origin, source: ConfigSource, details: Mapping[str, An
 
 def _weights_plan(origin: Origin, source: ConfigSource, world_size: int, deepspeed: str | None) -> ResumePlan:
     card = origin.card
-    if not card.is_adapter:
-        raise InputError("resume.full_weights", path=str(card.path))
     accumulation = int(plain_value(source, *_ACCUMULATION) or 1)
     return ResumePlan(
         checkpoint=card.path,
@@ -184,6 +202,7 @@ def _weights_plan(origin: Origin, source: ConfigSource, world_size: int, deepspe
         from_epochs=None,
         to_epochs=None,
         size_bytes=card.size_bytes,
+        is_adapter=bool(card.is_adapter),
     )
 
 
@@ -191,7 +210,7 @@ def _exact_plan(
     origin: Origin, source: ConfigSource, world_size: int, deepspeed: str | None, extra_epochs: float
 ) -> ResumePlan:
     card, stage = origin.card, stage_of(deepspeed)
-    _check_form(card, stage)
+    _check_form(card, origin.world_size, stage)
     old, iteration = origin.world_size, card.iteration or 0
     accumulation = int(origin.details.get("accumulative_counts") or origin.value(*_ACCUMULATION) or 1)
     if old != world_size:
@@ -219,14 +238,19 @@ def _exact_plan(
         size_bytes=card.size_bytes,
         edits=_edits(origin, source, scaled, Fraction(old, world_size), longer),
         ignored=tuple(ignored_settings(origin, source)),
+        is_adapter=bool(card.is_adapter),
     )
 
 
-def _check_form(card: CheckpointCard, stage: int) -> None:
-    """Plain files and DeepSpeed folders hold the optimizer in different forms."""
-    if card.is_folder != bool(stage):
-        code = "train.checkpoint_needs_deepspeed" if card.is_folder else "train.checkpoint_without_deepspeed"
-        raise InputError(code, path=str(card.path))
+def _form(stage: int) -> int:
+    """Which of the three forms: one file, ZeRO-1 and 2 (which read each other's), ZeRO-3."""
+    return (0, 1, 1, 3)[stage]
+
+
+def _check_form(card: CheckpointCard, world_size: int, stage: int) -> None:
+    """A plain file that becomes a DeepSpeed folder must say which optimizer state belongs to which weight."""
+    if not card.is_folder and stage:
+        PlainFile(card.path, world_size)
 
 
 def _edits(

@@ -3,8 +3,8 @@
 Each line of stdin is `{"ranks", "port", "trainings": […]}`: that many processes are forked and do the trainings one after the
 other; the answer is a line with their exit codes. Every rank computes the same global batches and takes its
 own rows, so the loss of a step does not depend on the number of ranks beyond the order of additions. Options: stage,
-steps, resume (folder or null), save_at, save_to, dtype (fp32 | bf16; DeepSpeed has no fp16 on CPU), groups (1 | 2), lora,
-exclude_frozen, offload, sub_group_size, result.
+(0: torch alone, saved as mmengine saves it), steps, resume (checkpoint or null), save_at, save_to, dtype (fp32 | bf16;
+DeepSpeed has no fp16 on CPU), groups (1 | 2), lora, exclude_frozen, offload, sub_group_size, result.
 """
 
 import json
@@ -16,6 +16,9 @@ from pathlib import Path
 import deepspeed
 import torch
 from torch import nn
+
+from core.checkpoints.plain_layout import numbered
+from core.xtuner.runtime.compat import finish_gathers
 
 GLOBAL_BATCH = 12
 
@@ -76,11 +79,47 @@ def deepspeed_config(options: dict, world: int) -> dict:
     }
 
 
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of one global step."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(GLOBAL_BATCH, 7, generator=generator), torch.randn(GLOBAL_BATCH, 3, generator=generator)
+
+
+def train_plainly(network: Network, options: dict) -> list[float]:
+    """Without DeepSpeed, on one rank: AdamW over all parameters, the frozen ones too, as mmengine builds it. Returns the losses."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    step = 0
+    if options.get("resume"):
+        saved = torch.load(options["resume"], weights_only=False)
+        network.load_state_dict(saved["state_dict"], strict=not options.get("lora"))
+        optimizer.load_state_dict(numbered(saved["optimizer"], [name for name, _ in network.named_parameters()]))
+        step = saved["step"]
+    losses = []
+    while step < options["steps"]:
+        rows, targets = batch(step)
+        loss = nn.functional.mse_loss(network(rows), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in network.parameters() if p.requires_grad], 0.5)
+        optimizer.step()
+        step += 1
+        losses.append(loss.item())
+        if step == options.get("save_at"):
+            trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+            weights = {name: value for name, value in network.state_dict().items() if name in trained}
+            Path(options["save_to"]).parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"state_dict": weights, "optimizer": optimizer.state_dict(), "step": step}, options["save_to"])
+    return losses
+
+
 def main(options: dict) -> None:
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network = Network(options.get("lora", False))
+    if options["stage"] == 0:
+        Path(options["result"]).write_text(json.dumps(train_plainly(network, options)), encoding="utf-8")
+        return
     groups = parameters(network, options.get("groups", 1))
     engine, *_ = deepspeed.initialize(
         model=network,
@@ -97,9 +136,7 @@ def main(options: dict) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options["dtype"]]
     losses = []
     while step < options["steps"]:
-        generator = torch.Generator().manual_seed(step)
-        rows = torch.randn(GLOBAL_BATCH, 7, generator=generator).to(dtype)
-        targets = torch.randn(GLOBAL_BATCH, 3, generator=generator).to(dtype)
+        rows, targets = (values.to(dtype) for values in batch(step))
         share = slice(rank * GLOBAL_BATCH // world, (rank + 1) * GLOBAL_BATCH // world)
         loss = nn.functional.mse_loss(engine(rows[share]).float(), targets[share].float())
         engine.backward(loss)
@@ -148,6 +185,7 @@ def work(rank: int, order: dict) -> None:
 
 
 if __name__ == "__main__":
+    finish_gathers()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What DeepSpeed prints is no answer.
     for line in sys.stdin:

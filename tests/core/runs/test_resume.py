@@ -7,20 +7,25 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from core.checkpoints.inspect import inspect_checkpoint
 from core.checkpoints.reshape import rescale_file
+from core.checkpoints.shards import read_folder
 from core.checkpoints.warm import write_weights
+from core.checkpoints.weights import open_checkpoint
 from core.config.source import ConfigSource
 from core.errors import DanluError, InputError
 from core.i18n import catalog
 from core.messages import Message
 from core.project import Project
-from core.runs.carry_over import carry_over
-from core.runs.directory import RunSpec
+from core.runs.carry_over import carry_over, write_checkpoint_for
+from core.runs.directory import RunDirectory, RunSpec
 from core.runs.job import SilentProgress
 from core.runs.resume import Mode
-from core.runs.train import TrainRequest, is_written_anew, plan
+from core.runs.train import TrainRequest, is_written_anew, plan, write_source
+from tests.core.checkpoints.crafted import write_checkpoint as write_full
 from tests.models import HIDDEN, write_tiny_llama, write_tiny_qwen2
 from tests.training import make_project, write_rows
 
@@ -98,7 +103,8 @@ def test_other_ranks_keep_batch_saving_and_epochs(made: tuple[Project, Path, Pat
     details = spec.details["resumed_from"]
     assert is_written_anew(spec)
     assert spec.details["resume"] == str(project.train / "one/iter_16.pth")
-    assert details["edits"] == {"accumulative_counts": 4, "save_steps": 8, "evaluation_freq": 200}
+    frequencies = {"save_steps": 8, "evaluation_freq": 200, "validation_freq": 200}
+    assert details["edits"] == {"accumulative_counts": 4, **frequencies}
     assert spec.details["accumulative_counts"] == 4
     for words in ("Written by 2 processes, you chose 1", "iteration 8 becomes 16", "from 2 to 4"):
         assert words in said(spec)
@@ -175,9 +181,48 @@ def test_more_epochs_stretch_the_schedule(made: tuple[Project, Path, Path], tmp_
         assert torch.equal(before["optimizer"]["state"][0][key], states["optimizer"]["state"][0][key])
 
 
-def test_deepspeed_and_plain_files_are_told_apart(made: tuple[Project, Path, Path]) -> None:
+def test_a_plain_file_goes_on_with_deepspeed_and_back(made: tuple[Project, Path, Path]) -> None:
+    """Bit for bit into a folder of two ranks, which goes on without DeepSpeed on one."""
+    import torch
+
     project, config, saved = made
-    with pytest.raises(InputError, match="checkpoint_without_deepspeed"):
+    options: dict[str, Any] = {"config": config, "cpu_processes": 2, "name": "zero", "deepspeed": "deepspeed_zero2"}
+    spec = resumed(project, resume=saved, **options)
+    assert is_written_anew(spec)
+    assert "Saved without DeepSpeed, goes on with ZeRO-2" in said(spec)
+    assert "保存时没有使用 DeepSpeed，现在用 ZeRO-2 继续" in said(spec, "zh")
+    folder = write_from(spec, project)
+    card = inspect_checkpoint(folder)
+    assert (card.stage, card.world_size, card.iteration, card.is_adapter, card.problem) == (2, 2, 8, True, None)
+    (folder.parent / "run.json").write_text(json.dumps(spec.to_json()), encoding="utf-8")
+    spec = resumed(project, config=config, resume=folder, cpu_processes=1, name="plain")
+    assert "Saved with ZeRO-2, goes on without DeepSpeed" in said(spec)
+    before = torch.load(saved, weights_only=False)
+    after = torch.load(write_from(spec, project), weights_only=False)
+    assert (before["meta"]["iter"], after["meta"]["iter"]) == (8, 16)
+    (name,) = before["state_dict"]
+    assert after["optimizer"]["param_groups"][0]["param_names"] == [name]
+    assert torch.equal(before["state_dict"][name], after["state_dict"][name])
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(before["optimizer"]["state"][0][key], after["optimizer"]["state"][0][key])
+
+
+def write_from(spec: RunSpec, project: Project) -> Path:
+    """The checkpoint that a new run would go on from, written as the job does."""
+    folder = project.train / spec.id
+    folder.mkdir()
+    write_checkpoint_for(spec, folder, SilentProgress())
+    return Path(spec.details["resume"])
+
+
+def test_an_optimizer_that_no_weight_fits_is_refused_before_the_start(made: tuple[Project, Path, Path]) -> None:
+    import torch
+
+    project, config, saved = made
+    states = torch.load(saved, weights_only=False)
+    states["optimizer"]["state"][1] = states["optimizer"]["state"][0]
+    torch.save(states, saved)
+    with pytest.raises(InputError, match="unnamed_state"):
         resumed(project, config=config, resume=saved, deepspeed="deepspeed_zero2", cpu_processes=2)
 
 
@@ -242,7 +287,26 @@ def test_weights_are_taken_out_as_they_are(made: tuple[Project, Path, Path], tmp
     assert after.keys() == {"state_dict", "meta"}
     for name, tensor in before["state_dict"].items():
         assert torch.equal(tensor, after["state_dict"][name])
-    whole = tmp_path / "full.pth"
-    torch.save({"state_dict": {"llm.model.norm.weight": torch.ones(4)}, "meta": {}}, whole)
-    with pytest.raises(InputError, match="full_weights"):
-        write_weights(whole, tmp_path / "x.pth", progress=SilentProgress())
+
+
+def test_a_full_fine_tune_begins_with_the_weights_of_another(tmp_path: Path) -> None:
+    """Its weights are written as a model, which takes the base model's place in the new run's config."""
+    project, config = make_project(tmp_path / "p", write_tiny_llama, method="full")
+    base = project.model / "tiny"
+    saved = write_full(project.train / "first" / "iter_4.pth", base, is_full=True)
+    spec = resumed(project, config=config, resume=saved, resume_mode=Mode.WEIGHTS, name="warm")
+    model = project.train / "warm" / "warm_start"
+    assert spec.details["resume"] is None
+    assert spec.details["base_model"]["path"] == str(base)
+    assert "as a whole model" in said(spec)
+    assert "作为完整模型" in said(spec, "zh")
+    model.parent.mkdir()
+    write_checkpoint_for(spec, model.parent, SilentProgress())
+    write_source(RunDirectory(model.parent), spec, TrainRequest(config=config, resume=saved, resume_mode=Mode.WEIGHTS))
+    source = ConfigSource((model.parent / "source/tiny.py").read_text(encoding="utf-8"))
+    assert source.effective("model.llm.pretrained_model_name_or_path") == str(model)
+    trained = {name: tensor.read() for name, tensor in open_checkpoint(saved).weights.items()}
+    written = {name: tensor for shard in read_folder(model) for name, tensor in shard.tensors.items()}
+    assert {f"llm.{name}" for name in written} == trained.keys()
+    assert all(np.array_equal(tensor.read(), trained[f"llm.{name}"]) for name, tensor in written.items())
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= {file.name for file in model.iterdir()}
