@@ -4,18 +4,18 @@ Memory is two blocks, whatever the tensor. A block's product B·A is formed at o
 over slices that stay in the processor's cache.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.checkpoints.direct import DirectReader
 from core.checkpoints.lora import Change, LoadedPair, load_pair
-from core.checkpoints.tensors import NUMPY_TYPES, Array, DiskTensor, is_finite, narrow, read_into, widen, widen_into
+from core.checkpoints.tensors import NUMPY_TYPES, Array, DiskTensor, is_finite, narrow, widen, widen_into
 
-BLOCK_ELEMENTS: Final = 1 << 20
-_SLICE_ELEMENTS: Final = 1 << 17
+BLOCK_ELEMENTS: Final = 1 << 21
+_SLICE_ELEMENTS: Final = 1 << 16
 Floats = NDArray[np.float32]
 
 
@@ -37,8 +37,8 @@ def changed_blocks(source: DiskTensor, change: Change) -> Iterator[tuple[int, Ar
         return
     additions = [_floats(tensor).reshape(-1) * np.float32(factor) for tensor, factor in change.additions]
     step = rows if len(source.shape) < 2 else max(1, BLOCK_ELEMENTS // width)
-    buffers = _Buffers(min(rows, step) * width, start.dtype, source.dtype)
-    for row, raw in read_rows(start, rows, width, buffers.raw):
+    buffers = _Buffers(min(rows, step) * width, source.dtype)
+    for row, raw in read_rows(start, rows, width, step):
         end = min(rows, row + step)
         delta = buffers.product(pairs, row, end, width)
         if magnitude is not None:
@@ -51,12 +51,10 @@ def changed_blocks(source: DiskTensor, change: Change) -> Iterator[tuple[int, Ar
 
 
 class _Buffers:
-    """Memory that every block of one tensor uses again."""
+    """Memory that every block of one tensor uses again: if taken anew, the kernel would have to clear it each time."""
 
-    def __init__(self, elements: int, source_dtype: str, dtype: str) -> None:
+    def __init__(self, elements: int, dtype: str) -> None:
         self._dtype = dtype
-        self.raw: Array = np.empty(elements, dtype=NUMPY_TYPES[source_dtype])
-        """For what is read: memory taken anew for each block would have to be cleared by the kernel each time."""
         self._delta = np.empty(elements, dtype=np.float32)
         self._more = np.empty(0, dtype=np.float32)
         self._bits = np.empty(elements, dtype=NUMPY_TYPES[dtype])
@@ -99,25 +97,24 @@ class _Buffers:
             np.bitwise_and(odd, 1, out=odd)
             np.add(odd, 0x7FFF, out=odd)
             np.add(whole, odd, out=whole)
-            np.copyto(bits, values.view(np.uint16)[1::2])
+            np.right_shift(whole, 16, out=whole)
+            np.copyto(bits, whole, casting="unsafe")
         else:
             np.copyto(bits, values)
 
 
-def read_rows(tensor: DiskTensor, rows: int, width: int, buffer: Array) -> Iterator[tuple[int, Array]]:
-    """(first row, bits in `buffer`); the disk is told to fetch the next rows while these are worked on."""
-    step, item = buffer.size // width if width else rows, buffer.itemsize
-    with open(tensor.file, "rb", buffering=0) as stream:
+def read_rows(tensor: DiskTensor, rows: int, width: int, step: int) -> Iterator[tuple[int, Array]]:
+    """(first row, bits of at most `step` rows), these only good until the next."""
+    kind = NUMPY_TYPES[tensor.dtype]
+    with DirectReader(tensor.file) as reader:
         for row in range(0, rows, step):
             end = min(rows, row + step)
             if not tensor.is_contiguous:
                 yield row, tensor.read_flat(row * width, end * width)
                 continue
-            following = (min(rows, end + step) - end) * width * item
-            os.posix_fadvise(stream.fileno(), tensor.offset + end * width * item, following, os.POSIX_FADV_WILLNEED)
-            raw = buffer[: (end - row) * width]
-            read_into(stream.fileno(), raw, tensor.offset + row * width * item, tensor.file)
-            yield row, raw
+            start = tensor.offset + row * width * kind.itemsize
+            values = reader.read(start, (end - row) * width * kind.itemsize)
+            yield row, values.view(kind) if start % kind.itemsize == 0 else np.frombuffer(values.tobytes(), kind)
 
 
 def _checked(values: Floats, dtype: str) -> Array:

@@ -15,6 +15,7 @@ _KINDS: Final = {
     "merged": "Base model with the adapter merged in",
     "full": "Fully fine-tuned model",
     "gguf": "GGUF file for llama.cpp and Ollama",
+    "fp8": "Model with its linear layers in FP8, for vLLM",
 }
 _LOAD: Final = {
     "adapter": (
@@ -107,6 +108,8 @@ def _template(template: Mapping[str, Any] | None, system: str | None) -> str:
 def _loading(name: str, value: Mapping[str, Any]) -> str:
     if value["kind"] == "gguf":
         return f"## Use\n\n```sh\nollama create {name} -f Modelfile && ollama run {name}\nllama-cli -m {value['file']} --jinja\n```"
+    if value["kind"] == "fp8":
+        return f"## Use\n\n```sh\nvllm serve {name}\n```\n\ntransformers reads it too, with the package compressed-tensors."
     lines = _LOAD.get(str(value["kind"]), _LOAD["merged"])
     tokenizer = ["from transformers import AutoTokenizer", 'tokenizer = AutoTokenizer.from_pretrained("{name}")']
     code = "\n".join(line.format(name=name) for line in (lines[0], tokenizer[0], "", lines[1], tokenizer[1]))

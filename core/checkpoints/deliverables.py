@@ -34,7 +34,7 @@ class Deliverable:
 
     path: Path
     kind: str
-    """`adapter`, `merged`, `full` or `gguf`; `unknown` for a model that Danlu did not make."""
+    """`adapter`, `merged`, `full`, `gguf` or `fp8`; `unknown` for a model that Danlu did not make."""
     run: str | None
     checkpoint: str | None
     dtype: str | None
@@ -42,6 +42,8 @@ class Deliverable:
     created_at: float
     """Unix seconds."""
     verified: dict[str, Any] | None
+    sources: tuple[str, ...] = ()
+    """Names of the adapters that it was merged or combined from."""
 
     @property
     def name(self) -> str:
@@ -53,8 +55,8 @@ class Deliverable:
 
     @property
     def is_model(self) -> bool:
-        """Whether one can chat with it as it is."""
-        return (self.path / "config.json").is_file()
+        """Whether one can chat with it as it is: FP8 needs a package that is not here."""
+        return self.kind != "fp8" and (self.path / "config.json").is_file()
 
 
 def list_deliverables(project: Project) -> list[Deliverable]:
@@ -194,7 +196,10 @@ def _describe(folder: Path) -> Deliverable:
     try:
         value = read_json(folder / DESCRIPTION)
     except DanluError:
+        value = None
+    if not isinstance(value, dict):
         value = {"kind": "adapter" if (folder / "adapter_config.json").is_file() else "unknown"}
+    verified = value.get("verified")
     return Deliverable(
         path=folder,
         kind=str(value.get("kind", "unknown")),
@@ -205,5 +210,11 @@ def _describe(folder: Path) -> Deliverable:
         if folder.name not in ("huggingface", "final_model")
         else sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
         created_at=folder.stat().st_mtime,
-        verified=value.get("verified"),
+        verified=verified if isinstance(verified, dict) else None,
+        sources=_source_names(value.get("adapters")),
     )
+
+
+def _source_names(adapters: Any) -> tuple[str, ...]:
+    entries = adapters if isinstance(adapters, list) else []
+    return tuple(Path(str(entry["path"])).name for entry in entries if isinstance(entry, dict) and "path" in entry)

@@ -13,6 +13,11 @@ from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.launch import start_job
 
+UPLOADS: Final = {
+    "huggingface": "core.checkpoints.upload:upload",
+    "modelscope": "core.checkpoints.modelscope_upload:upload_to_modelscope",
+}
+"""Hub → the job function that pushes to it."""
 _QUIET: Final = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -36,6 +41,21 @@ def start_gguf(project: Project, model: Path, kind: str) -> RunDirectory:
     return start_job(project, function, kind="gguf", title=target.name, arguments=arguments, env=ONE_THREAD)
 
 
+def fp8_target(project: Project, model: Path) -> Path:
+    """`final_model/<model>-fp8`."""
+    return project.final_model / f"{model.name}-fp8"
+
+
+def start_fp8(project: Project, model: Path) -> RunDirectory:
+    """Write the model in FP8 beside it. Raises InputError `files.outside`; ConflictError if it is there already."""
+    target = fp8_target(project, model)
+    if target.exists():
+        raise ConflictError("files.exists", path=str(target))
+    arguments = {"model": str(_inside(project, model)), "target": str(target)}
+    function = "core.checkpoints.fp8_export:export_fp8"
+    return start_job(project, function, kind="fp8", title=target.name, arguments=arguments)
+
+
 def start_verify(project: Project, model: Path) -> RunDirectory:
     """Check a merged model, by its answers where memory allows. Raises InputError if its own code is not allowed to run."""
     require_allowed(project, model)
@@ -45,9 +65,15 @@ def start_verify(project: Project, model: Path) -> RunDirectory:
 
 
 def start_upload(
-    project: Project, item: Deliverable, repository: str, *, is_private: bool, base_model: str | None
+    project: Project,
+    item: Deliverable,
+    repository: str,
+    *,
+    is_private: bool,
+    base_model: str | None,
+    hub: str = "huggingface",
 ) -> RunDirectory:
-    """Push a deliverable to the hub. Raises InputError `checkpoints.bad_repository`. The token is for the job to find."""
+    """Push a deliverable to a `hub` of UPLOADS. Raises InputError `checkpoints.bad_repository`. The token is for the job to find."""
     name = check_repository(repository)
     arguments = {
         "folder": str(_inside(project, item.path)),
@@ -55,8 +81,8 @@ def start_upload(
         "is_private": is_private,
         "base_model": base_model,
     }
-    function, title = "core.checkpoints.upload:upload", f"{item.name} → {name}"
-    return start_job(project, function, kind="upload", title=title, arguments=arguments, env=_QUIET)
+    title = f"{item.name} → {name}"
+    return start_job(project, UPLOADS[hub], kind="upload", title=title, arguments=arguments, env=_QUIET)
 
 
 def _inside(project: Project, path: Path) -> Path:

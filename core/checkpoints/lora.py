@@ -33,8 +33,8 @@ _UNDERSTOOD: Final = frozenset(
 some with each release) may change the arithmetic, so it is refused."""
 _MUTATING_INITS: Final = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations that change the base weights themselves: the base on disk is not the one that was trained on."""
-_EMBEDDINGS: Final = ("embed_tokens", "tok_embeddings", "wte", "word_embeddings")
-_HEADS: Final = ("lm_head", "output")
+EMBEDDINGS: Final = ("embed_tokens", "tok_embeddings", "wte", "word_embeddings")
+HEADS: Final = ("lm_head", "output")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ def _add(adapter: Adapter, names: Mapping[str, DiskTensor], changes: dict[str, C
     left = dict(adapter.tensors)
     is_transposed = bool(adapter.config.get("fan_in_fan_out"))
     for key in list(left):
-        module, part = _split(key)
+        module, part = split_key(key)
         if part in ("lora_A.weight", "lora_embedding_A"):
             is_embedding = part == "lora_embedding_A"
             other = "lora_embedding_B" if is_embedding else "lora_B.weight"
@@ -186,7 +186,7 @@ def _add(adapter: Adapter, names: Mapping[str, DiskTensor], changes: dict[str, C
         raise InputError("checkpoints.unused_keys", path=str(adapter.folder), count=len(left), names=shown)
 
 
-def _split(key: str) -> tuple[str, str]:
+def split_key(key: str) -> tuple[str, str]:
     """`base_model.model.X.lora_A.weight` → (X, "lora_A.weight"); a plain tensor → (its name, "")."""
     name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
     match = re.search(r"\.(lora_\w+(?:\.\w+)?)$", name)
@@ -201,9 +201,9 @@ def _find(name: str, base: Mapping[str, DiskTensor]) -> str | None:
 
 def _heads_to_untie(adapters: Sequence[Adapter], base: Mapping[str, DiskTensor]) -> dict[str, str]:
     """A tied head that the training made differ from the embedding gets its own tensor, as the training computed it."""
-    modules = {_split(key)[0].removesuffix(".weight") for adapter in adapters for key in adapter.tensors}
-    touched = any(module.rpartition(".")[2] in (*_EMBEDDINGS, *_HEADS) for module in modules)
-    source = next((name for name in base if name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS), None)
+    modules = {split_key(key)[0].removesuffix(".weight") for adapter in adapters for key in adapter.tensors}
+    touched = any(module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS) for module in modules)
+    source = next((name for name in base if name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS), None)
     if not touched or source is None:
         return {}
     head = "output.weight" if "tok_embeddings" in source else "lm_head.weight"

@@ -53,7 +53,7 @@ def merge_adapter(
     require_absent(folder)
     merge = plan_merge(Path(base_model), [Path(adapter) for adapter in adapters], weights)
     require_space(folder, merge.size_bytes + 2**24)
-    first = _described(Path(adapters[0]))
+    first = read_description(Path(adapters[0]))
     with stage(folder, _identity(merge, adapters, weights)) as part:
         _write_shards(merge, part, progress)
         copy_companions(merge.base, part)
@@ -65,8 +65,8 @@ def merge_adapter(
         describe(
             part,
             kind="merged",
-            run=first.get("run"),
-            checkpoint=first.get("checkpoint"),
+            run=first.get("run") if len(adapters) == 1 else None,
+            checkpoint=first.get("checkpoint") if len(adapters) == 1 else None,
             base_model={"path": str(merge.base), "fingerprint": recorded.get("fingerprint")},
             prompt_template=first.get("prompt_template"),
             system=first.get("system"),
@@ -108,7 +108,7 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
 def _write_shards(merge: MergePlan, part: Path, progress: Progress) -> None:
     with Writer(merge.size_bytes, progress) as writer:
         for shard, new in merge.shards:
-            writer.write(_plan_file(shard, new, merge.plan, part / shard.file.name))
+            writer.write(_plan_file(shard, new, merge.plan, part / shard.safetensors_name))
 
 
 def _plan_file(shard: Shard, new: Mapping[str, str], plan: Plan, file: Path) -> FilePlan:
@@ -124,23 +124,19 @@ def _plan_file(shard: Shard, new: Mapping[str, str], plan: Plan, file: Path) -> 
 
 
 def _write_index(merge: MergePlan, part: Path) -> None:
-    """The base's index, byte for byte unless tensors were added."""
+    """The base's index, byte for byte unless tensors were added or the base's files are torch's."""
     index_file = merge.base / INDEX
-    if not index_file.exists():
-        return
-    if not merge.plan.untied:
+    has_index = index_file.exists()
+    if has_index and not merge.plan.untied:
         (part / INDEX).write_bytes(index_file.read_bytes())
         return
-    index = read_json(index_file)
-    for shard, new in merge.shards:
-        index["weight_map"] |= dict.fromkeys(new, shard.file.name)
-    index["metadata"] = {
-        **index.get("metadata", {}),
-        "total_size": sum(
-            t.nbytes for s, n in merge.shards for t in [*s.tensors.values(), *(s.tensors[o] for o in n.values())]
-        ),
-    }
-    write_json(part / INDEX, index)
+    if not has_index and len(merge.shards) == 1 and merge.shards[0][0].safetensors_name == "model.safetensors":
+        return
+    index = read_json(index_file) if has_index else {}
+    size = sum(t.nbytes for s, n in merge.shards for t in [*s.tensors.values(), *(s.tensors[o] for o in n.values())])
+    place = {name: shard.safetensors_name for shard, new in merge.shards for name in [*shard.tensors, *new]}
+    metadata = {**index.get("metadata", {}), "total_size": size}
+    write_json(part / INDEX, {**index, "metadata": metadata, "weight_map": {**index.get("weight_map", {}), **place}})
 
 
 def _identity(merge: MergePlan, adapters: Sequence[str], weights: Sequence[float] | None) -> dict[str, Any]:
@@ -153,7 +149,7 @@ def _identity(merge: MergePlan, adapters: Sequence[str], weights: Sequence[float
     return {"merge": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _described(adapter: Path) -> dict[str, Any]:
+def read_description(adapter: Path) -> dict[str, Any]:
     """danlu.json of an adapter; empty for one that was made elsewhere."""
     try:
         value = read_json(adapter / "danlu.json")

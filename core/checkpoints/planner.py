@@ -14,8 +14,8 @@ from core.checkpoints.weights import open_checkpoint
 from core.errors import ConflictError, DanluError, InputError, MachineError
 from core.files import read_json
 
-_PROCESS_BYTES: Final = 120 * 2**20
-"""A Python process with numpy and its blocks."""
+_PROCESS_BYTES: Final = 200 * 2**20
+"""A Python process with numpy, and the blocks and windows of its threads."""
 _BYTES_A_SECOND: Final = 250 * 2**20
 """Careful: reading, computing and writing a merged model on a plain disk with sync."""
 

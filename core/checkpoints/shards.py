@@ -1,4 +1,5 @@
-"""Safetensors files and folders of them: what lies where, checked against the file's real size, and a streaming writer.
+"""Weight files of a model folder, safetensors or torch's own (.bin): what lies where, checked against the file's real size, and a
+streaming writer of safetensors.
 
 Format: 8 bytes of header length, a JSON header (type, shape, data_offsets a tensor), the data without gaps.
 """
@@ -10,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from core.checkpoints.reader import read_torch_file
 from core.checkpoints.tensors import NUMPY_TYPES, Array, DiskTensor
 from core.errors import InputError
 from core.files import read_json
 
 INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
+_TORCH_INDEX: Final = "pytorch_model.bin.index.json"
+_TORCH_SINGLE: Final = "pytorch_model.bin"
 _MAX_HEADER_BYTES: Final = 100_000_000
 
 
@@ -33,17 +37,25 @@ class Readable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file."""
+    """One weight file."""
 
     file: Path
     header_bytes: bytes
-    """The length field and the JSON, as they stand in the file."""
+    """The length field and the JSON, as they stand in the file; for one of torch's as they stand in `safetensors_name`."""
     metadata: dict[str, str]
     tensors: dict[str, DiskTensor]
     """In the order of their place in the file."""
 
     @property
+    def safetensors_name(self) -> str:
+        """What the file is called as safetensors: pytorch_model-00001-of-00002.bin is model-00001-of-00002.safetensors."""
+        if self.file.suffix == ".safetensors":
+            return self.file.name
+        return f"model{self.file.stem.removeprefix('pytorch_model')}.safetensors"
+
+    @property
     def size_bytes(self) -> int:
+        """As safetensors."""
         return len(self.header_bytes) + sum(tensor.nbytes for tensor in self.tensors.values())
 
 
@@ -81,35 +93,67 @@ def read_shard(file: Path) -> Shard:
     return shard
 
 
-def read_folder(folder: Path) -> list[Shard]:
-    """All weight shards of a Hugging Face model folder, in the order of their names; the index must agree with them.
+def read_torch_shard(file: Path, *, is_tied: bool = False) -> Shard:
+    """A state dict that torch.save wrote, read without running code in it. `is_tied`: names that share their values come once.
 
-    Raises InputError `checkpoints.no_weights`, `checkpoints.missing_shard`, `checkpoints.lying_index` and those of read_shard.
+    Raises InputError `checkpoints.no_weights` and those of read_torch_file.
     """
-    if not (folder / INDEX).exists():
-        if not (folder / _SINGLE).exists():
-            raise InputError("checkpoints.no_weights", path=str(folder))
-        return [read_shard(folder / _SINGLE)]
-    place = _weight_map(folder)
+    content = read_torch_file(file)
+    items = content.items() if isinstance(content, dict) else ()
+    tensors: dict[str, DiskTensor] = {}
+    for name, tensor in items:
+        if isinstance(tensor, DiskTensor) and not (is_tied and tensor in tensors.values()):
+            tensors[str(name)] = tensor
+    if not tensors:
+        raise InputError("checkpoints.no_weights", path=str(file))
+    metadata = {"format": "pt"}
+    header = make_header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata)
+    return Shard(file, header, metadata, tensors)
+
+
+def read_folder(folder: Path) -> list[Shard]:
+    """All weight shards of a Hugging Face model folder, in the order of their names; the index must agree with them. Files of torch's
+    (.bin) are only read where there is no safetensors.
+
+    Raises InputError `checkpoints.no_weights`, `checkpoints.missing_shard`, `checkpoints.lying_index` and those of read_shard and
+    read_torch_shard.
+    """
+    for index, single in ((INDEX, _SINGLE), (_TORCH_INDEX, _TORCH_SINGLE)):
+        if (folder / index).exists():
+            return _read_indexed(folder, folder / index)
+        if (folder / single).exists():
+            return [_read(folder / single)]
+    raise InputError("checkpoints.no_weights", path=str(folder))
+
+
+def _read(file: Path) -> Shard:
+    if file.suffix == ".safetensors":
+        return read_shard(file)
+    config = read_json(file.parent / "config.json") if (file.parent / "config.json").is_file() else {}
+    return read_torch_shard(file, is_tied=bool(config.get("tie_word_embeddings")))
+
+
+def _read_indexed(folder: Path, index: Path) -> list[Shard]:
+    place = _weight_map(index)
     shards = []
     for file in sorted(set(place.values())):
         if Path(file).name != file:
-            raise InputError("checkpoints.lying_index", path=str(folder / INDEX), name=file)
+            raise InputError("checkpoints.lying_index", path=str(index), name=file)
         if not (folder / file).exists():
             raise InputError("checkpoints.missing_shard", path=str(folder), name=file)
-        shards.append(read_shard(folder / file))
+        shards.append(_read(folder / file))
     held = {name: shard.file.name for shard in shards for name in shard.tensors}
     for name in sorted(held.keys() | place.keys()):
         if held.get(name) != place.get(name):
-            raise InputError("checkpoints.lying_index", path=str(folder / INDEX), name=name)
+            raise InputError("checkpoints.lying_index", path=str(index), name=name)
     return shards
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    index = read_json(folder / INDEX)
+def _weight_map(file: Path) -> dict[str, str]:
+    index = read_json(file)
     place = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(place, dict) or not place or not all(isinstance(file, str) for file in place.values()):
-        raise InputError("checkpoints.lying_index", path=str(folder / INDEX), name="weight_map")
+    if not isinstance(place, dict) or not place or not all(isinstance(name, str) for name in place.values()):
+        raise InputError("checkpoints.lying_index", path=str(file), name="weight_map")
     return place
 
 

@@ -58,22 +58,25 @@ def upload(
         status = error.response.status_code if error.response is not None else 0
         if status in _REFUSED:
             raise InputError("checkpoints.upload_refused", name=name, status=status) from None
-        reason = _without(token, error.server_message or str(error))
+        reason = without(token, error.server_message or str(error))
         raise MachineError("checkpoints.upload_failed", name=name, reason=reason) from None
     except (requests.RequestException, OSError, ValueError, RuntimeError) as error:
-        raise MachineError("checkpoints.upload_failed", name=name, reason=_without(token, str(error))) from None
+        raise MachineError("checkpoints.upload_failed", name=name, reason=without(token, str(error))) from None
 
 
 def _push(
     api: Any, folder: Path, name: str, progress: Progress, *, is_private: bool, base_model: str | None
 ) -> dict[str, Any]:
-    sizes = {file: file.stat().st_size for file in _files(folder)}
+    from huggingface_hub import CommitOperationAdd
+
+    sizes = {file: file.stat().st_size for file in files_to_send(folder)}
     total, done = sum(sizes.values()), 0
     progress.update(0, total, message("checkpoints.progress.upload"), unit="bytes")
     made = api.create_repo(name, private=is_private, exist_ok=True)
     operations = []
     for file, size in sizes.items():
-        operation = _operation(folder, file, base_model)
+        content = content_to_send(folder, file, base_model)
+        operation = CommitOperationAdd(file.relative_to(folder).as_posix(), content)
         operations.append(operation)
         # Large files go up one by one, so that the job can be cancelled between them; the commit makes all of them appear at once.
         api.preupload_lfs_files(made.repo_id, [operation], num_threads=1, free_memory=False)
@@ -83,24 +86,22 @@ def _push(
     return {"url": str(made), "commit": commit.oid, "files": len(operations), "size_bytes": total}
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_to_send(folder: Path) -> Iterator[Path]:
+    """All but hidden files and danlu.json, which holds paths of this machine."""
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         if file.is_file() and not any(part.startswith(".") for part in parts) and file.name != DESCRIPTION:
             yield file
 
 
-def _operation(folder: Path, file: Path, base_model: str | None) -> Any:
-    from huggingface_hub import CommitOperationAdd
-
-    place = file.relative_to(folder).as_posix()
-    if place == CONFIG:
-        config = read_json(file)
-        base = str(config.get("base_model_name_or_path") or "")
-        named = base_model or (Path(base).name if os.path.isabs(base) else base)  # noqa: PTH117 - a text, maybe a hub name
-        content = json.dumps({**config, "base_model_name_or_path": named}, ensure_ascii=False, indent=2)
-        return CommitOperationAdd(place, content.encode())
-    return CommitOperationAdd(place, str(file))
+def content_to_send(folder: Path, file: Path, base_model: str | None) -> str | bytes:
+    """The file's path, or other content in its place: an adapter's config names its base model instead of a folder here."""
+    if file.relative_to(folder).as_posix() != CONFIG:
+        return str(file)
+    config = read_json(file)
+    base = str(config.get("base_model_name_or_path") or "")
+    named = base_model or (Path(base).name if os.path.isabs(base) else base)  # noqa: PTH117 - a text, maybe a hub name
+    return json.dumps({**config, "base_model_name_or_path": named}, ensure_ascii=False, indent=2).encode()
 
 
 def _token() -> str | None:
@@ -110,5 +111,6 @@ def _token() -> str | None:
     return found
 
 
-def _without(secret: str, text: str) -> str:
+def without(secret: str, text: str) -> str:
+    """`text` with the secret made unreadable."""
     return text.replace(secret, "***")

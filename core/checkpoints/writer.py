@@ -14,15 +14,15 @@ from typing import Final, Self
 import numpy as np
 
 from core.checkpoints.blocks import NotFiniteError, changed_blocks
+from core.checkpoints.direct import WINDOW_BYTES, DirectReader, DirectWriter
 from core.checkpoints.lora import Change
 from core.checkpoints.tensors import NUMPY_TYPES, DiskTensor, is_finite
 from core.errors import InputError
 from core.messages import message
 from core.runs.job import Progress
 
-_COPY_BYTES: Final = 1 << 24
-_THREADS: Final = min(8, (os.cpu_count() or 2) + 1)
-"""One more than processors: one waits for the disk."""
+_THREADS: Final = min(8, (os.cpu_count() or 2) + 2)
+"""More than processors: some wait for the disk, which reads and writes at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +77,17 @@ class Writer:
             self._count(plan.size_bytes)
             return
         unfinished = plan.file.with_name(f".{plan.file.name}.writing")
-        handle = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        output = DirectWriter(unfinished, plan.size_bytes)
         try:
-            os.posix_fallocate(handle, 0, plan.size_bytes)
-            write_at(handle, memoryview(plan.header), 0)
-            self._write_all(plan.outputs, handle)
+            output.write(np.frombuffer(plan.header, dtype=np.uint8), 0)
+            self._write_all(plan.outputs, output)
         except BaseException:
-            os.close(handle)
+            output.close()
             raise
-        self._synced.append(self._syncing.submit(_finish, handle, unfinished, plan.file))
+        self._synced.append(self._syncing.submit(_finish, output, unfinished, plan.file))
 
-    def _write_all(self, outputs: Sequence[Output], handle: int) -> None:
-        waiting: set[Future[int]] = {self._workers.submit(self._write_one, output, handle) for output in outputs}
+    def _write_all(self, outputs: Sequence[Output], target: DirectWriter) -> None:
+        waiting: set[Future[int]] = {self._workers.submit(self._write_one, output, target) for output in outputs}
         try:
             while waiting:
                 ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -104,9 +103,9 @@ class Writer:
         self._done += size_bytes
         self._progress.update(self._done, self._total, message("checkpoints.progress.merge"), unit="bytes")
 
-    def _write_one(self, output: Output, handle: int) -> int:
+    def _write_one(self, output: Output, target: DirectWriter) -> int:
         if output.change is None:
-            self._copy(output, handle)
+            self._copy(output, target)
             return output.source.nbytes
         item = NUMPY_TYPES[output.source.dtype].itemsize
         try:
@@ -114,44 +113,25 @@ class Writer:
                 for element, bits in changed_blocks(output.source, output.change):
                     if self._is_stopped:
                         return 0
-                    write_at(handle, bits.view(np.uint8).data, output.offset + element * item)
+                    target.write(bits.reshape(-1).view(np.uint8), output.offset + element * item)
         except NotFiniteError as error:
             raise _explain_not_finite(output) from error
         return output.source.nbytes
 
-    def _copy(self, output: Output, handle: int) -> None:
-        with open(output.source.file, "rb", buffering=0) as stream:
-            done, size = 0, output.source.nbytes
+    def _copy(self, output: Output, target: DirectWriter) -> None:
+        if not output.source.is_contiguous:
+            target.write(output.source.read().reshape(-1).view(np.uint8), output.offset)
+            return
+        done, size = 0, output.source.nbytes
+        with DirectReader(output.source.file) as reader:
             while done < size and not self._is_stopped:
-                start, end = output.source.offset + done, output.offset + done
-                got = copy_range(stream.fileno(), handle, min(_COPY_BYTES, size - done), start, end)
-                if got == 0:
-                    found = output.source.file.stat().st_size
-                    raise InputError("checkpoints.truncated", path=str(output.source.file), size=found)
-                done += got
+                values = reader.read(output.source.offset + done, min(WINDOW_BYTES, size - done))
+                target.write(values, output.offset + done)
+                done += values.size
 
 
-def write_at(handle: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(handle, view[done:], offset + done)
-
-
-def copy_range(source: int, target: int, count: int, start: int, end: int) -> int:
-    """Copy inside the kernel where the file system can, else through memory."""
-    try:
-        return os.copy_file_range(source, target, count, start, end)
-    except OSError:
-        data = os.pread(source, count, start)
-        write_at(target, memoryview(data), end)
-        return len(data)
-
-
-def _finish(handle: int, unfinished: Path, final: Path) -> None:
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _finish(output: DirectWriter, unfinished: Path, final: Path) -> None:
+    output.finish()
     unfinished.rename(final)
 
 

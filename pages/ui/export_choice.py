@@ -14,6 +14,8 @@ from core.errors import DanluError
 from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.jobs import active_jobs
+from core.runs.validation import best_among
+from pages.ui.audit import note
 from pages.ui.run_data import metrics_of
 from pages.ui.text import duration, gib, show_error, t
 
@@ -40,17 +42,21 @@ def choose_checkpoint(project: Project, runs: Sequence[RunDirectory]) -> Checkpo
     if wanted in found and "export_run" not in st.session_state:
         st.session_state["export_run"] = wanted
     left, right = st.columns(2, gap="large")
-    run_id = left.selectbox(t("export.run"), list(found), key="export_run")
+    run_id = left.selectbox(t("export.run"), list(found), key="export_run", help=t("export.run_help"))
     run, cards = found[run_id]
     losses = _losses(run, cards)
     by_path = {str(card.path): card for card in cards}
-    start = next((number for number, card in enumerate(cards) if card.is_complete), 0)
+    best = best_among(card.path for card in cards if card.is_complete)
+    # The best one by validation loss, where there is one; else the newest that is whole.
+    wanted_paths = [*best, *(card.path for card in cards if card.is_complete), cards[0].path]
+    start = list(by_path).index(str(wanted_paths[0]))
     chosen = right.selectbox(
         t("export.checkpoint"),
         list(by_path),
         index=start,
-        format_func=lambda path: _label(by_path[path], losses.get(path)),
+        format_func=lambda path: _label(by_path[path], losses.get(path), best.get(Path(path))),
         key=f"export_checkpoint_{run_id}",
+        help=t("export.checkpoint_help"),
     )
     card = by_path[chosen]
     if card.problem is None:
@@ -73,6 +79,7 @@ def choose_options(card: CheckpointCard) -> Options:
         _DTYPES,
         format_func=lambda name: t(f"export.dtypes.{name}", dtype=t(f"export.dtypes.{card.dtype}")),
         key="export_dtype",
+        help=t("export.dtype_help"),
     )
     base = st.text_input(
         t("export.base"), key="export_base", placeholder=t("export.base_placeholder"), help=t("export.base_help")
@@ -126,6 +133,7 @@ def show_plan(project: Project, card: CheckpointCard, options: Options) -> None:
                 merge=options.merge,
                 verify=options.verify,
             )
+            note("export", f"{card.path.parent.name}/{card.name}")
         except DanluError as error:
             show_error(error)
         else:
@@ -140,9 +148,11 @@ def _is_delivered(project: Project, card: CheckpointCard, targets: Sequence[Path
     )
 
 
-def _label(card: CheckpointCard, loss: float | None) -> str:
+def _label(card: CheckpointCard, loss: float | None, best_loss: float | None) -> str:
     parts = [card.name, gib(card.size_bytes)]
-    if loss is not None:
+    if best_loss is not None:
+        parts.insert(1, t("resume.best", loss=f"{best_loss:.4f}"))
+    elif loss is not None:
         parts.insert(1, t("export.loss", loss=f"{loss:.4f}"))
     if not card.is_complete:
         parts.append(t("export.incomplete"))

@@ -5,6 +5,7 @@ import streamlit as st
 from core.checkpoints.deliverables import Deliverable, list_deliverables, zip_folder
 from core.project import Project
 from pages.ui import shell
+from pages.ui.audit import note
 from pages.ui.export_actions import actions_of, open_action
 from pages.ui.text import gib, t
 
@@ -14,6 +15,7 @@ _ICONS = {
     "merged": ":material/deployed_code:",
     "full": ":material/deployed_code:",
     "gguf": ":material/package_2:",
+    "fp8": ":material/compress:",
 }
 
 
@@ -37,15 +39,18 @@ def _row(project: Project, item: Deliverable) -> None:
             st.markdown(
                 f"{_ICONS.get(item.kind, ':material/folder:')} **{item.path.parent.name}/{item.name}** · {kind}{badge}"
             )
-            origin = (
-                t("export.origin", run=item.run, checkpoint=item.checkpoint) if item.run else t("export.made_elsewhere")
-            )
-            st.caption(" · ".join(part for part in (origin, item.dtype, gib(item.size_bytes)) if part))
+            st.caption(" · ".join(part for part in (_origin(item), item.dtype, gib(item.size_bytes)) if part))
         with actions:
             _actions(project, item, key)
         if item.verified:
             with st.expander(t("export.figures")):
                 _figures(item.verified)
+
+
+def _origin(item: Deliverable) -> str:
+    if item.run:
+        return t("export.origin", run=item.run, checkpoint=item.checkpoint)
+    return t("export.combined_from", names=" + ".join(item.sources)) if item.sources else t("export.made_elsewhere")
 
 
 def _actions(project: Project, item: Deliverable, key: str) -> None:
@@ -61,7 +66,7 @@ def _actions(project: Project, item: Deliverable, key: str) -> None:
             mime="application/zip",
             key=f"export_zip_{key}",
             icon=":material/download:",
-            on_click="ignore",
+            on_click=lambda: note("export", f"{item.name}.zip"),
             width="stretch",
         )
     chosen = more.menu_button(

@@ -1,6 +1,7 @@
 """The export page: without a checkpoint, with a plan, with something delivered and what can be done with it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from core.project import Project, open_project
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.job import SilentProgress
 from pages.ui.export_actions import actions_of
-from tests.core.checkpoints.crafted import write_checkpoint
+from tests.core.checkpoints.crafted import write_adapter, write_checkpoint
 from tests.models import write_tiny_llama
 
 SCRIPT = str(Path(__file__).parents[2] / "pages/deliver/export.py")
@@ -63,6 +64,15 @@ def test_the_plan_says_what_it_needs_and_can_start(
     assert any("huggingface/iter_4" in caption.value for caption in app.caption)
 
 
+def test_the_best_checkpoint_is_preselected(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(project.train / "first")
+    shutil.copy(run.path / "iter_4.pth", run.path / "iter_8.pth")
+    run.validation_file.write_text('{"iteration": 4, "loss": 1.5, "is_best": true}\n{"iteration": 8, "loss": 2.0}\n')
+    chosen = show(project, monkeypatch).selectbox(key="export_checkpoint_first")
+    assert chosen.value.endswith("iter_4.pth")
+    assert [("best · validation loss 1.5000" in option) for option in chosen.options].count(True) == 1
+
+
 def test_a_damaged_checkpoint_is_explained(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     file = project.train / "first" / "iter_4.pth"
     file.write_bytes(file.read_bytes()[:-50])
@@ -88,7 +98,31 @@ def test_a_checked_model_shows_its_mark_its_figures_and_the_way_to_the_chat(
 def test_what_can_be_done_depends_on_what_it_is(project: Project) -> None:
     make(project)
     found = {item.kind: actions_of(project, item) for item in list_deliverables(project)}
-    assert found == {"adapter": ["upload", "remove"], "merged": ["gguf", "verify", "upload", "remove"]}
+    assert found == {"adapter": ["upload", "remove"], "merged": ["gguf", "fp8", "verify", "upload", "remove"]}
     (project.final_model / "config.json").write_text(json.dumps({"model_type": "llama"}))
     own = next(item for item in list_deliverables(project) if item.path == project.final_model)
-    assert actions_of(project, own) == ["gguf"]
+    assert actions_of(project, own) == ["gguf", "fp8"]
+
+
+def test_two_adapters_become_one_model_with_the_weights_and_the_method_chosen(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any(item.key == "export_combine_start" for item in show(project, monkeypatch).button)
+    for name in ("one", "two"):
+        write_adapter(project.huggingface / name, project.model / "tiny")
+    started: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "pages.ui.export_combination.start_combination",
+        lambda _, paths, weights, name, **options: started.append(([p.name for p in paths], {**options, "n": name})),
+    )
+    app = show(project, monkeypatch)
+    app.number_input(key="export_combine_weight_one").set_value(0.7).run()
+    assert not [slider for slider in app.slider if slider.key == "export_combine_density"], "a sum keeps all"
+    app.selectbox(key="export_combine_method").set_value("ties").run()
+    assert any("huggingface/combined_" in caption.value for caption in app.caption)
+    app.slider(key="export_combine_density").set_value(0.3).run()
+    app.text_input(key="export_combine_name").set_value("both").run()
+    app.button(key="export_combine_start").click().run()
+    assert not app.exception
+    assert sorted(started[0][0]) == ["one", "two"]
+    assert started[0][1] == {"method": "ties", "density": 0.3, "verify": True, "n": "both"}

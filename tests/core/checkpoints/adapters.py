@@ -1,6 +1,8 @@
 """Adapters with random values, made by peft on tiny models: what peft's own arithmetic says of them is the oracle."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,17 @@ from core.checkpoints.tensors import narrow, widen
 from tests.models import VOCABULARY, write_tokenizer
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """On a busy machine torch's threads wait for each other far longer than a tiny model computes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def write_tiny_gpt2(folder: Path, **_: Any) -> Path:

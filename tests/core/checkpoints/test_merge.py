@@ -17,6 +17,7 @@ from core.checkpoints.merge import merge_adapter
 from core.checkpoints.shards import read_folder, read_shard, write_shard
 from core.checkpoints.staging import staging_folder
 from core.checkpoints.tensors import widen
+from core.checkpoints.verify import verify_merge
 from core.errors import ConflictError, DanluError, JobError, MachineError
 from core.messages import Message
 from core.runs.job import SilentProgress
@@ -276,11 +277,7 @@ def test_disk_full_halfway(number: int, base: Path, adapter: Path, monkeypatch: 
             raise OSError(number, "No space left on device")
         return real(handle, data, offset)
 
-    def no_range(*_: Any) -> int:
-        raise OSError(errno.EXDEV, "another file system")
-
     monkeypatch.setattr(os, "pwrite", pwrite)
-    monkeypatch.setattr(os, "copy_file_range", no_range)
     error = refused(base, adapter)
     assert (type(error), error.code) == (MachineError, "checkpoints.disk_full")
     assert written[0] > half
@@ -391,3 +388,65 @@ def test_base_saved_without_its_head_lacks_the_prefix_and_still_fits(base: Path,
     (bare / "config.json").write_bytes((base / "config.json").read_bytes())
     target = merge(bare, write_adapter(tmp_path / "adapter", base))
     assert read_shard(target / "model.safetensors").tensors.keys() == tensors.keys()
+
+
+def write_torch_files(base: Path, *, tied: tuple[str, str] | None = None) -> dict[str, Any]:
+    """Replace the safetensors of `base` by torch's own files with the same tensors, one of them stored transposed. `tied`: a second name
+    of one tensor."""
+    import torch
+    from safetensors.torch import load_file
+
+    whole: dict[str, Any] = {}
+    place = {}
+    for number, file in enumerate(files := sorted(base.glob("*.safetensors")), start=1):
+        state = load_file(file)
+        if tied and tied[0] in state:
+            state[tied[1]] = state[tied[0]]
+        for name in ("model.layers.0.mlp.up_proj.weight", f"{DEFAULT_MODULES[0]}.weight"):
+            if name in state:
+                state[name] = state[name].T.contiguous().T
+        name = "pytorch_model.bin" if len(files) == 1 else f"pytorch_model-{number:05d}-of-{len(files):05d}.bin"
+        torch.save(state, base / name)
+        whole |= state
+        place |= dict.fromkeys(state, name)
+        file.unlink()
+    (base / INDEX).unlink(missing_ok=True)
+    if len(files) > 1:
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    return whole
+
+
+def test_base_in_torch_s_own_files_gives_the_same_model(base: Path, adapter: Path) -> None:
+    expected = {name: t.read() for shard in read_folder(merge(base, adapter)) for name, t in shard.tensors.items()}
+    (base.parent / "out").rename(base.parent / "first")
+    write_torch_files(base)
+    target = merge(base, adapter)
+    found = {name: t.read() for shard in read_folder(target) for name, t in shard.tensors.items()}
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], values) for name, values in expected.items())
+    assert [file.name for file in sorted(target.glob("model*"))] == [
+        *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),
+        INDEX,
+    ]
+    assert not list(target.glob("*.bin*"))
+    assert verify_merge(str(target), method="layers", progress=SilentProgress())["passed"]
+
+
+def test_tied_head_in_torch_s_file_is_written_once(tmp_path: Path) -> None:
+    base = write_tiny_qwen2(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", base)
+    write_torch_files(base, tied=("model.embed_tokens.weight", "lm_head.weight"))
+    target = merge(base, adapter)
+    assert "lm_head.weight" not in read_shard(target / "model.safetensors").tensors
+    assert not (target / INDEX).exists()
+
+
+def test_torch_file_that_would_run_code_or_lacks_a_shard(base: Path, adapter: Path) -> None:
+    write_torch_files(base)
+    (base / "pytorch_model-00002-of-00003.bin").unlink()
+    assert refused(base, adapter).code == "checkpoints.missing_shard"
+    (base / "pytorch_model.bin.index.json").unlink()
+    import torch
+
+    torch.save({"model.norm.weight": torch.ones(64), "call": os.system}, base / "pytorch_model.bin")
+    assert refused(base, adapter).code == "checkpoints.unsafe"

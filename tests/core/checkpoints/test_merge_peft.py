@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tests.core.checkpoints.adapters import (
     LINEAR,
     load,
     make_adapter,
+    one_torch_thread,
     peft_merge,
     peft_model,
     read_model,
@@ -62,6 +63,12 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "in × out": ("gpt2", "float32", dict(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
     "some layers": ("llama", "bfloat16", dict(layers_to_transform=[1])),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_threads() -> Iterator[None]:
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
