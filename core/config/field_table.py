@@ -1,44 +1,23 @@
-"""The fields of the form: where each stands in a config, its type, its range and what is usual. Knows no values."""
+"""The fields of the form, in its order. Knows no values."""
 
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
-
-class Kind(StrEnum):
-    """How a value is asked for."""
-
-    INTEGER = "integer"
-    NUMBER = "number"
-    TEXT = "text"
-    CHOICE = "choice"
-    SWITCH = "switch"
-    LINES = "lines"
-    """A list of texts, one a line."""
+from core.config.field import Field, Kind
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Field:
-    """One field of the form. Words: `config.fields.<key>.label` and `.help`."""
-
-    key: str
-    paths: tuple[str, ...]
-    """Where it may stand; the first that exists counts. With `may_add`, the first is where it is put."""
-    kind: Kind
-    group: str
-    minimum: float | None = None
-    maximum: float | None = None
-    usual: tuple[float, float] | None = None
-    choices: tuple[str, ...] = ()
-    may_add: bool = False
-    default: Any = None
-    """What XTuner takes where the config does not say."""
+def _beta(number: int, usual: tuple[float, float]) -> Field:
+    path = (f"betas[{number - 1}]",)
+    return Field(
+        key=f"beta{number}", paths=path, kind=Kind.NUMBER, group="training", minimum=0.0, maximum=0.99999, usual=usual
+    )
 
 
 _DATASET: Final = "train_dataset"
 _QUANTIZATION: Final = "model.llm.quantization_config"
 _CHAT_HOOK: Final = "custom_hooks[EvaluateChatHook]"
 DTYPES: Final = ("torch.bfloat16", "torch.float16", "torch.float32", "auto")
+OPTIMIZERS: Final = ("AdamW", "Adam", "AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit")
+"""Those that take what XTuner's configs give an optimizer: a rate, two betas and a weight decay."""
 FIELDS: Final = (
     Field(key="model_path", paths=("pretrained_model_name_or_path", "llm_name_or_path"), kind=Kind.TEXT, group="model"),
     Field(key="prompt_template", paths=("prompt_template",), kind=Kind.CHOICE, group="model"),
@@ -114,6 +93,7 @@ FIELDS: Final = (
         maximum=10_000,
         usual=(1, 5),
     ),
+    Field(key="optim_type", paths=("optim_type",), kind=Kind.CHOICE, group="training", choices=OPTIMIZERS),
     Field(key="lr", paths=("lr",), kind=Kind.NUMBER, group="training", minimum=0.0, maximum=1.0, usual=(1e-5, 4e-4)),
     Field(
         key="batch_size",
@@ -142,6 +122,8 @@ FIELDS: Final = (
         maximum=0.9,
         usual=(0.0, 0.1),
     ),
+    _beta(1, (0.85, 0.95)),
+    _beta(2, (0.95, 0.999)),
     Field(
         key="weight_decay",
         paths=("weight_decay",),
@@ -217,6 +199,34 @@ FIELDS: Final = (
         usual=(1, 10),
     ),
     Field(
+        key="validation_freq",
+        paths=("validation_freq",),
+        kind=Kind.INTEGER,
+        group="validation",
+        minimum=1,
+        maximum=10_000_000,
+        usual=(20, 1000),
+    ),
+    Field(
+        key="early_stop_patience",
+        paths=("early_stop_patience",),
+        kind=Kind.INTEGER,
+        group="validation",
+        minimum=0,
+        maximum=10_000,
+        usual=(2, 5),
+    ),
+    Field(
+        key="early_stop_min_delta",
+        paths=("early_stop_min_delta",),
+        kind=Kind.NUMBER,
+        group="validation",
+        minimum=0.0,
+        maximum=100.0,
+        usual=(0.0, 0.01),
+    ),
+    Field(key="save_best", paths=("save_best",), kind=Kind.SWITCH, group="validation"),
+    Field(
         key="evaluation_freq",
         paths=("evaluation_freq",),
         kind=Kind.INTEGER,
@@ -239,4 +249,4 @@ FIELDS: Final = (
     ),
     Field(key="system", paths=("SYSTEM",), kind=Kind.TEXT, group="evaluation"),
 )
-GROUPS: Final = ("model", "data", "training", "lora", "saving", "evaluation")
+GROUPS: Final = ("model", "data", "training", "lora", "saving", "validation", "evaluation")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
-from core.config.field_table import DTYPES, FIELDS, GROUPS, Field, Kind
+from core.config.field import Field, Kind
+from core.config.field_table import DTYPES, FIELDS, GROUPS, OPTIMIZERS
 from core.config.imports import is_used
 from core.config.source import ConfigSource
 from core.config.values import Code
@@ -81,7 +82,7 @@ def write(source: ConfigSource, filled: Filled, value: Any) -> ConfigSource:
 
 
 def _is_read(source: ConfigSource, path: str) -> bool:
-    return "." in path or is_used(source.tree, path)
+    return "." in path or is_used(source.tree, path.partition("[")[0])
 
 
 def _choice(field: Field, value: str) -> Any:
@@ -90,4 +91,4 @@ def _choice(field: Field, value: str) -> Any:
         raise InputError("config.not_a_choice", field=field.key, value=value, choices=", ".join(allowed))
     if field.key == "prompt_template":
         return Code(f"PROMPT_TEMPLATE.{value}")
-    return Code(value) if value.startswith("torch.") else value
+    return Code(value) if value.startswith("torch.") or value in OPTIMIZERS else value

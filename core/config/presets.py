@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Final
 
 from core.config.edits import QUANTIZATION, best_map_processes
-from core.config.facts import DataFacts, Machine, ModelFacts
+from core.config.facts import DataFacts, Machine, ModelFacts, read_data
 from core.config.recipes import QUESTIONS
+from core.config.source import ConfigSource
+from core.config.validation import DATASET_BLOCK, SETTINGS, set_validation, sibling
 from core.config.values import Code, format_value, quote
 from core.errors import InputError
 
@@ -51,7 +53,9 @@ def make(model: ModelFacts, data: DataFacts | None, machine: Machine, wishes: Wi
     for name, value in _values(model, data, machine, wishes).items():
         # A placeholder alone on its line takes the line with it where it has nothing to say.
         text = text.replace(f"<<{name}>>", value or "<<>>")
-    return _drop_empty_lines(text)
+    text = _drop_empty_lines(text)
+    held_out = sibling(data.path) if data is not None else None
+    return text if held_out is None else set_validation(ConfigSource(text), read_data(held_out)).text
 
 
 def file_name(model: ModelFacts, data: DataFacts | None, method: str) -> str:
@@ -90,13 +94,16 @@ def _values(model: ModelFacts, data: DataFacts | None, machine: Machine, wishes:
         "quantization": _quantization(dtype) if method == "qlora" else "",
         "lora": "" if method == "full" else _lora(model),
         "map_fn": map_fn or "None",
-        "template_map_fn": "dict(type=template_map_fn_factory, template=prompt_template)" if is_chat else "None",
+        "template_map_fn": _TEMPLATE_MAP_FN if is_chat else "None",
         "map_num_proc": str(best_map_processes(data, machine.cpu_count) if data else 1),
         "amp": {
             "float32": "",
             "float16": 'dtype="float16",\n    loss_scale="dynamic",',
             "bfloat16": 'dtype="bfloat16",',
         }[dtype],
+        **_validation(
+            map_fn, is_chat=is_chat, every=wishes.accumulative_counts * -(-100 // wishes.accumulative_counts)
+        ),
         "begin": "warmup_ratio * max_epochs" if _has_warmup(data, wishes) else "0",
         "linear": _WARMUP if _has_warmup(data, wishes) else "",
         "backend": "nccl" if has_gpu else "gloo",
@@ -111,6 +118,24 @@ _WARMUP: Final = """dict(
         end=warmup_ratio * max_epochs,
         convert_to_iter_based=True,
     ),"""
+
+
+_TEMPLATE_MAP_FN: Final = "dict(type=template_map_fn_factory, template=prompt_template)"
+
+
+def _validation(map_fn: str | None, *, is_chat: bool, every: int) -> dict[str, str]:
+    """The block and its settings, on no data yet: the form or a person names it."""
+    block = DATASET_BLOCK.format(
+        tokenizer="tokenizer",
+        max_length="max_length",
+        map_fn=map_fn or "None",
+        template_map_fn=_TEMPLATE_MAP_FN if is_chat else "None",
+        map_num_proc=1,
+    )
+    return {
+        "validation_settings": SETTINGS.format(files="[]", every=every).rstrip(),
+        "validation_block": block.rstrip(),
+    }
 
 
 def _has_warmup(data: DataFacts | None, wishes: Wishes) -> bool:

@@ -31,6 +31,7 @@ def choose(names: list[str]) -> str:
         names,
         key="config_name",
         on_change=lambda: st.session_state.update(config_open=st.session_state["config_name"]),
+        help=t("config.open_help"),
     )
     st.session_state["config_open"] = name
     return name

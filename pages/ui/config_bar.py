@@ -28,7 +28,12 @@ def save_bar(project: Project, draft: Draft) -> None:
             args=(project, draft),
         )
         with st.popover(t("config.save_as")):
-            new_name = st.text_input(t("config.save_as_name"), f"{draft.name}_2", key=f"config_save_as_{draft.name}")
+            new_name = st.text_input(
+                t("config.save_as_name"),
+                f"{draft.name}_2",
+                key=f"config_save_as_{draft.name}",
+                help=t("config.save_as_name_help"),
+            )
             if st.button(t("config.save_as"), key="config_save_as_do"):
                 opened(library.add_config(project, new_name, draft.text).name, "saved")
         st.button(
@@ -54,8 +59,11 @@ def export_view(project: Project, draft: Draft) -> None:
             choices,
             format_func=lambda one: t(f"launch.zero.{one}"),
             key="config_export_deepspeed",
+            help=t("launch.deepspeed_help"),
         )
-        cards = right.number_input(t("config.export.cards"), 1, 64, 1, key="config_export_cards")
+        cards = right.number_input(
+            t("config.export.cards"), 1, 64, 1, key="config_export_cards", help=t("config.export.cards_help")
+        )
         found = commands(
             project, draft.name, source, deepspeed=None if deepspeed == "none" else deepspeed, cards=int(cards)
         )

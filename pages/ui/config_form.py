@@ -11,10 +11,13 @@ from core.config import edits, fields
 from core.config.facts import model_folders, read_data, read_model
 from core.config.fields import Filled, Kind
 from core.config.source import ConfigSource
+from core.config.validation import read_validation
 from core.data.library import list_datasets
 from core.errors import InputError
 from core.project import Project
 from pages.ui.config_draft import change, remember_error
+from pages.ui.config_trackers import choose_trackers
+from pages.ui.config_validation import choose_validation
 from pages.ui.text import t
 
 _COLUMNS = 3
@@ -26,9 +29,13 @@ def form_view(project: Project, name: str, source: ConfigSource) -> None:
     filled = fields.fill(source)
     for group in fields.GROUPS:
         members = [one for one in filled if one.field.group == group]
-        if not members:
+        if not members and group != "validation":
             continue
         st.markdown(f"**{t(f'config.groups.{group}')}**")
+        if group == "validation":
+            choose_validation(project, name, source)
+            if read_validation(source) is None:
+                continue
         wide = [one for one in members if one.field.kind in (Kind.LINES, Kind.TEXT)]
         narrow = [one for one in members if one not in wide]
         for one in wide:
@@ -37,6 +44,8 @@ def form_view(project: Project, name: str, source: ConfigSource) -> None:
             for column, one in zip(st.columns(_COLUMNS), narrow[start : start + _COLUMNS], strict=False):
                 with column:
                     _field(project, name, one)
+    st.divider()
+    choose_trackers(project, name, source)
 
 
 def _big_choices(project: Project, name: str, source: ConfigSource) -> None:
@@ -71,6 +80,7 @@ def _pick(project: Project, name: str, what: str, options: dict[str, str], curre
         format_func=lambda path: options.get(path) or t("config.other_data"),
         key=key,
         on_change=lambda: change(project, name, partial(_put, what, str(st.session_state[key]))),
+        help=t(f"config.{what}_help"),
     )
 
 

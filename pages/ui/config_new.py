@@ -40,8 +40,16 @@ def _preset(project: Project) -> None:
         return
     files = [dataset.path for dataset in list_datasets(project)]
     left, middle, right = st.columns(3)
-    folder = left.selectbox(t("config.model"), folders, format_func=lambda path: path.name, key="config_new_model")
-    file = middle.selectbox(t("config.data"), [*files, None], format_func=_file_name, key="config_new_data")
+    folder = left.selectbox(
+        t("config.model"),
+        folders,
+        format_func=lambda path: path.name,
+        key="config_new_model",
+        help=t("config.model_help"),
+    )
+    file = middle.selectbox(
+        t("config.data"), [*files, None], format_func=_file_name, key="config_new_data", help=t("config.data_help")
+    )
     methods = ("lora", "qlora", "full")
     machine = read_machine(project)
     method = right.segmented_control(
@@ -68,12 +76,18 @@ def _file_name(file: Path | None) -> str:
 
 def _catalogue(project: Project) -> None:
     left, middle, right = st.columns([3, 3, 2], vertical_alignment="bottom")
-    pattern = left.text_input(t("config.search"), placeholder=t("config.search_placeholder"), key="config_search")
+    pattern = left.text_input(
+        t("config.search"),
+        placeholder=t("config.search_placeholder"),
+        key="config_search",
+        help=t("config.search_help"),
+    )
     methods = middle.multiselect(
         t("config.filter_method"),
         catalogue.METHODS,
         format_func=lambda name: t(f"config.methods.{name}"),
         key="config_methods",
+        help=t("config.filter_method_help"),
     )
     only_loadable = right.checkbox(t("config.only_loadable"), value=True, key="config_only_loadable")
     entries = catalogue.search(pattern, methods=methods, only_loadable=only_loadable)

@@ -23,6 +23,7 @@ def guide_view(project: Project, name: str, source: ConfigSource) -> None:
         [*recipes.RECIPES, *own],
         format_func=lambda key: t(f"config.recipes.{key}") if key in recipes.RECIPES else key,
         key="config_recipe",
+        help=t("config.choose_recipe_help"),
     )
     model, data = _own(source)
     steps = own_recipes.steps(own[recipe]) if recipe in own else recipes.RECIPES[recipe](model, data)
@@ -67,7 +68,9 @@ def _keep(project: Project, name: str, source: ConfigSource) -> None:
     """What differs here from XTuner's original, or from the file, becomes a recipe."""
     st.caption(t("config.own_recipes_note"))
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        label = st.text_input(t("config.own_recipe_name"), key="config_own_name", placeholder=name)
+        label = st.text_input(
+            t("config.own_recipe_name"), key="config_own_name", placeholder=name, help=t("config.own_recipe_name_help")
+        )
         st.button(
             t("config.own_recipe_keep"),
             icon=":material/bookmark_add:",
@@ -104,7 +107,13 @@ def _share(project: Project, recipe: OwnRecipe) -> None:
 
 
 def _take_in(project: Project) -> None:
-    file = st.file_uploader(t("config.own_recipe_upload"), type=["json"], max_upload_size=1, key="config_own_upload")
+    file = st.file_uploader(
+        t("config.own_recipe_upload"),
+        type=["json"],
+        max_upload_size=1,
+        key="config_own_upload",
+        help=t("config.own_recipe_upload_help"),
+    )
     if file is None:
         return
     try:

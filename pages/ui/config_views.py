@@ -84,7 +84,7 @@ def changes_view(project: Project, name: str, draft: Draft) -> None:
 
 
 def _against_other(project: Project, draft: Draft, others: list[str]) -> None:
-    other = st.selectbox(t("config.other_config"), others, key="config_other")
+    other = st.selectbox(t("config.other_config"), others, key="config_other", help=t("config.other_config_help"))
     found = compare(ConfigSource(draft.text), ConfigSource(library.open_draft(project, other).text))
     st.caption(t("config.compare_note"))
     if not found:

@@ -8,6 +8,7 @@ from streamlit.testing.v1 import AppTest
 from core.config.library import add_config, open_draft
 from core.config.own_recipes import list_recipes
 from core.config.source import ConfigSource
+from core.config.validation import read_validation
 from core.project import Project
 from tests.models import write_tiny_qwen2
 from tests.training import make_project
@@ -53,6 +54,26 @@ def test_the_form_writes_into_the_draft(project: Project) -> None:
     app.text_input(key="config_field_tiny_lr").input("fast").run()
     assert any("fast" in error.value for error in app.error)
     assert draft(project).get("lr") == 3e-4
+
+
+def test_a_part_is_held_out_and_validated_on(project: Project) -> None:
+    app = show(project, "form")
+    assert not any(box.key == "config_field_tiny_validation_freq" for box in app.text_input)
+    app.number_input(key="config_hold_out_tiny").set_value(30).run()
+    app.button(key="config_hold_out_do_tiny").click().run()
+    assert not app.exception
+    validation = read_validation(draft(project))
+    assert validation is not None
+    assert [Path(file).name for file in validation.files] == ["rows_validation.jsonl"]
+    assert draft(project).get("data_files") == [str(project.data / "rows_train.jsonl")]
+    app.text_input(key="config_field_tiny_early_stop_patience").input("3").run()
+    app.selectbox(key="config_field_tiny_optim_type").select("Adam").run()
+    app.text_input(key="config_field_tiny_beta2").input("0.95").run()
+    source = draft(project)
+    assert (source.get("early_stop_patience"), source.get("betas")) == (3, (0.9, 0.95))
+    assert "from torch.optim import Adam\n" in source.text
+    app.selectbox(key="config_validation_tiny").select("").run()
+    assert read_validation(draft(project)) is None
 
 
 def test_what_does_not_parse_is_shown_with_its_place_and_the_last_good_version_stays(project: Project) -> None:

@@ -1,0 +1,173 @@
+"""Validation in configs: put into XTuner's own without touching anything else, read back, held out of the training data, checked."""
+
+from pathlib import Path
+
+import pytest
+
+from core.config import fields
+from core.config.checks import Surroundings, apply_fix, check, gather
+from core.config.dry_run import dry_config
+from core.config.duration import estimate_duration
+from core.config.facts import DataFacts, ModelFacts, read_data
+from core.config.findings import Finding, Severity, iterations_per_epoch
+from core.config.library import read_config
+from core.config.load import load_values
+from core.config.presets import Wishes, make
+from core.config.source import ConfigSource
+from core.config.validation import hold_out, read_validation, set_validation
+from core.errors import InputError
+from core.project import Project
+from core.xtuner.catalogue import configs
+from tests.core.config.conftest import GPU
+from tests.training import write_rows
+
+SUPERVISED = [entry for entry in configs() if entry.is_supervised]
+BLOCK_FIELDS = {"validation_freq", "early_stop_patience", "early_stop_min_delta", "save_best"}
+
+
+@pytest.fixture
+def held_out(project: Project) -> DataFacts:
+    return read_data(write_rows(project.data / "held_out.jsonl", 40))
+
+
+def codes(source: ConfigSource, **around: object) -> dict[str, Finding]:
+    context = gather(source, Surroundings(**{"machine": GPU, **around}))  # type: ignore[arg-type]
+    return {finding.code: finding for finding in check(source, context)}
+
+
+def test_xtuners_configs_get_it_and_keep_every_line(rows: DataFacts) -> None:
+    """Only lines are put in, and names added to import lines; switched off again nothing is computed."""
+    refused: list[str] = []
+    for entry in SUPERVISED[::13]:
+        source = ConfigSource(read_config(entry.path))
+        try:
+            edited = set_validation(source, rows)
+        except InputError as error:
+            refused.append(error.code)
+            continue
+        validation = read_validation(edited)
+        assert validation is not None
+        assert validation.files == (str(rows.path),), entry.name
+        assert validation.every % max(1, source.effective("accumulative_counts", 1)) == 0, entry.name
+        left = iter(edited.text.splitlines())
+        assert all(line in left for line in source.text.splitlines() if "import" not in line and "_map_fn," not in line)
+        assert {one.field.key for one in fields.fill(edited)} - {one.field.key for one in fields.fill(source)} == (
+            BLOCK_FIELDS
+        )
+        assert read_validation(set_validation(edited, None)) is None
+    assert set(refused) <= {"config.foreign_dataset"}
+    assert len(refused) < 5
+
+
+def test_training_gets_what_the_form_says(shipped: ConfigSource, rows: DataFacts) -> None:
+    source = set_validation(shipped, rows)
+    wanted = {"validation_freq": 32, "early_stop_patience": 3, "early_stop_min_delta": 0.01, "save_best": False}
+    for filled in fields.fill(source):
+        if filled.field.key in wanted:
+            source = fields.write(source, filled, wanted[filled.field.key])
+    block = load_values(source.text)["validation"]
+    assert [block[name] for name in ("every_n_iters", "patience", "min_delta", "save_best")] == [32, 3, 0.01, False]
+    assert block["dataset"]["dataset"]["data_files"] == [str(rows.path)]
+    assert block["dataset"]["dataset_map_fn"].endswith("openai_map_fn"), "the function for the rows of this file"
+    assert block["dataset"]["pack_to_max_length"] is False
+    validation = read_validation(source)
+    assert validation is not None
+    assert (validation.every, validation.patience, validation.min_delta, validation.save_best) == (32, 3, 0.01, False)
+    assert read_validation(dry_config(source)) is None, "three steps to see whether it fits need none"
+
+
+def test_our_own_configs_have_the_block_on_no_data(made: ConfigSource, held_out: DataFacts) -> None:
+    assert made.has("validation.dataset")
+    assert read_validation(made) is None
+    source = set_validation(made, held_out)
+    validation = read_validation(source)
+    assert validation is not None
+    assert validation.files == (str(held_out.path),)
+    assert codes(source) == {}
+
+
+def test_a_part_of_the_training_data_is_held_out(project: Project, made: ConfigSource, many_rows: DataFacts) -> None:
+    source = hold_out(project, made, 10)
+    (train,) = source.get("data_files")
+    validation = read_validation(source)
+    assert validation is not None
+    parts = [Path(train).read_text().splitlines(), Path(validation.files[0]).read_text().splitlines()]
+    assert sum(map(len, parts)) == many_rows.rows
+    assert 300 < len(parts[1]) < 500
+    assert not set(parts[0]) & set(parts[1])
+    assert codes(source) == {}
+    with pytest.raises(InputError, match=r"config\.no_local_data"):
+        hold_out(project, made.set("data_files", ["/gone.jsonl"]), 10)
+
+
+def test_a_config_made_for_one_half_of_a_split_validates_on_the_other(
+    project: Project, qwen2: ModelFacts, made: ConfigSource
+) -> None:
+    split = hold_out(project, made, 5)
+    fresh = ConfigSource(make(qwen2, read_data(Path(split.get("data_files")[0])), GPU, Wishes(max_length=64)))
+    assert read_validation(fresh) == read_validation(split)
+    finding = codes(set_validation(split, None))["validation_unused"]
+    assert finding.severity is Severity.ADVICE
+    assert read_validation(apply_fix(set_validation(split, None), finding)) == read_validation(split)
+
+
+def test_what_cannot_be_validated_on_is_refused(project: Project, made: ConfigSource) -> None:
+    file = project.data / "sharegpt.json"
+    file.write_text('[{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}]')
+    with pytest.raises(InputError, match=r"config\.needs_conversion"):
+        set_validation(made, read_data(file))
+
+
+@pytest.mark.parametrize(
+    ("code", "severity", "path", "value"),
+    [
+        ("validation_missing", Severity.ERROR, "validation_files", ["/gone/rows.jsonl"]),
+        ("validation_map_fn", Severity.ERROR, "validation.dataset.dataset_map_fn", None),
+        ("validation_freq", Severity.WARNING, "validation_freq", 57),
+        ("validation_never", Severity.WARNING, "validation_freq", 4_000_000),
+        ("validation_dear", Severity.ADVICE, "validation_freq", 4),
+        ("patience_too_long", Severity.ADVICE, "early_stop_patience", 9000),
+        ("validation_parallel", Severity.ERROR, "sequence_parallel_size", 2),
+        ("optimizer", Severity.ERROR, "optim_type", None),
+    ],
+)
+def test_each_check_finds_it_and_its_fix_mends_it(
+    made: ConfigSource, many_rows: DataFacts, project: Project, code: str, severity: Severity, path: str, value: object
+) -> None:
+    source = set_validation(made, read_data(write_rows(project.data / "held_out.jsonl", 400)))
+    assert "validation" not in "".join(codes(source))
+    around: dict[str, object] = {}
+    if code == "optimizer":
+        filled = next(one for one in fields.fill(source) if one.field.key == "optim_type")
+        source, around = fields.write(source, filled, "PagedAdamW8bit"), {"machine": GPU.__class__()}
+    else:
+        source = source.set(path, value)
+    finding = codes(source, **around)[code]
+    assert finding.severity is severity
+    assert finding.fix is not None
+    assert code not in codes(apply_fix(source, finding), **around)
+
+
+def test_the_expected_time_has_it_in(project: Project, made: ConfigSource, many_rows: DataFacts) -> None:
+    """A tenth of the rows, forward only: a thirtieth of an epoch, every tenth of one."""
+    epoch = sum(iterations_per_epoch(made, gather(made, Surroundings(machine=GPU))) or (0, 0)) / 2
+    source = set_validation(made, read_data(write_rows(project.data / "held_out.jsonl", many_rows.rows // 10)))
+    source = source.set("validation_freq", round(epoch / 10))
+    times = []
+    for one in (made, source):
+        around = gather(one, Surroundings(machine=GPU))
+        duration = estimate_duration(project, one, around, card="NVIDIA H100 80GB HBM3", is_fast=True)
+        assert duration is not None
+        assert duration.seconds is not None
+        times.append(duration.seconds[0])
+    assert times[1] / times[0] == pytest.approx(1 + 1 / 3, rel=0.05)
+
+
+def test_a_handful_of_rows_says_little(project: Project, made: ConfigSource) -> None:
+    source = set_validation(made, read_data(write_rows(project.data / "held_out.jsonl", 7)))
+    assert list(codes(source)) == ["validation_few"]
+
+
+def test_the_training_data_is_no_validation_data(made: ConfigSource, many_rows: DataFacts) -> None:
+    finding = codes(set_validation(made, many_rows))["validation_same"]
+    assert read_validation(apply_fix(set_validation(made, many_rows), finding)) is None
