@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Final
 
 from core.config.checks_of_data import DATA_CHECKS
+from core.config.checks_of_deepspeed import DEEPSPEED_CHECKS
 from core.config.checks_of_start import START_CHECKS
 from core.config.checks_of_training import TRAINING_CHECKS
+from core.config.checks_of_validation import VALIDATION_CHECKS
+from core.config.deepspeed import Setting
 from core.config.edits import data_files
 from core.config.facts import DataFacts, Machine, ModelFacts, read_data, read_model
 from core.config.findings import Context, Finding, Severity
@@ -25,6 +28,7 @@ class Surroundings:
     machine: Machine = field(default_factory=Machine)
     world_size: int = 1
     deepspeed: str | None = None
+    setting: Setting | None = None
     models: Sequence[Path] = ()
     data_files: Sequence[Path] = ()
 
@@ -41,6 +45,7 @@ def gather(source: ConfigSource, around: Surroundings) -> Context:
         machine=around.machine,
         world_size=around.world_size,
         deepspeed=around.deepspeed,
+        setting=around.setting,
         own_model=_model(around.models),
         own_data=_data(around.data_files),
     )
@@ -63,7 +68,8 @@ def _data(files: Sequence[Path]) -> DataFacts | None:
 
 def check(source: ConfigSource, context: Context) -> list[Finding]:
     """Everything that is wrong or odd, worst first."""
-    findings = [finding for one in (*DATA_CHECKS, *TRAINING_CHECKS, *START_CHECKS) for finding in one(source, context)]
+    every = (*DATA_CHECKS, *TRAINING_CHECKS, *VALIDATION_CHECKS, *START_CHECKS, *DEEPSPEED_CHECKS)
+    findings = [finding for one in every for finding in one(source, context)]
     return sorted(findings, key=lambda finding: (_ORDER[finding.severity], finding.line or 0))
 
 

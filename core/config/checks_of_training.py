@@ -11,6 +11,7 @@ from core.config.edits import method_of, rename, without_warmup
 from core.config.findings import Check, Context, Finding, Severity, found, iterations_per_epoch, number
 from core.config.imports import KNOWN_NAMES, bound_names, bring_in
 from core.config.source import ConfigSource
+from core.config.validation import read_validation
 from core.config.values import Code
 
 _USUAL_LR: Final = {"qlora": (2e-5, 1e-3), "lora": (2e-5, 1e-3), "full": (1e-6, 1e-4)}
@@ -94,6 +95,16 @@ def check_precision(source: ConfigSource, context: Context) -> Iterator[Finding]
     if method_of(source) == "full" and weights in {"float16", "bfloat16"} and is_scaled:
         fix = lambda edited: edited.set("model.llm.torch_dtype", Code("torch.float32"))  # noqa: E731
         yield found("half_full", Severity.ERROR, line=source.line_of("model.llm.torch_dtype"), fix=fix, weights=weights)
+
+
+def check_optimizer(source: ConfigSource, context: Context) -> Iterator[Finding]:
+    """The 8-bit and paged optimizers are bitsandbytes', whose kernels need a GPU."""
+    name = str(source.get("optim_type", "")).rpartition(".")[2]
+    if not ("8bit" in name or name.startswith("Paged")):
+        return
+    if not context.machine.has_bitsandbytes or not context.machine.gpu_count:
+        fix = lambda edited: edited.set("optim_type", Code("AdamW"))  # noqa: E731
+        yield found("optimizer", Severity.ERROR, line=source.line_of("optim_type"), fix=fix, name=name)
 
 
 def check_quantization(source: ConfigSource, context: Context) -> Iterator[Finding]:
@@ -183,16 +194,18 @@ def check_imports(source: ConfigSource, context: Context) -> Iterator[Finding]:
 
 
 def check_disk(source: ConfigSource, context: Context) -> Iterator[Finding]:
-    """Room for `save_total_limit` checkpoints, and one more while the oldest is not yet deleted."""
+    """Room for `save_total_limit` checkpoints, the best one, and one more while the oldest is not yet deleted."""
     free, model, keep = context.machine.free_bytes, context.model, int(number(source, "save_total_limit", 2))
     if free is None or model is None or not model.weight_bytes:
         return
     one = model.weight_bytes * _BYTES_PER_WEIGHT_SAVED[method_of(source)]
-    needed = one * (keep + 1 if keep > 0 else 3)
+    validation = read_validation(source)
+    is_best_kept = validation is not None and validation.save_best
+    needed = one * ((keep + 1 if keep > 0 else 3) + is_best_kept)
     if needed > free:
         line = source.line_of("save_total_limit")
         needed_gib, free_gib = round(needed / 2**30, 1), round(free / 2**30, 1)
-        fewer = int(free / one) - 1 if one else 0
+        fewer = int(free / one) - 1 - is_best_kept if one else 0
         fix = (lambda edited: edited.set("save_total_limit", fewer)) if 0 < fewer != keep else None
         yield found(
             "disk",
@@ -216,6 +229,7 @@ TRAINING_CHECKS: Final[tuple[Check, ...]] = (
     check_save_steps,
     check_varlen,
     check_precision,
+    check_optimizer,
     check_quantization,
     check_learning_rate,
     check_attention,

@@ -15,6 +15,7 @@ _READ: Final = (
     "param_scheduler",
     "train_cfg",
     "val_cfg",
+    "validation",
     "custom_hooks",
     "default_hooks",
     "visualizer",
@@ -24,7 +25,7 @@ _READ: Final = (
     "resume",
     "env_cfg",
 )
-"""What XTuner's trainer takes from a config; everything else is there to be put into these."""
+"""What XTuner's trainer takes from a config, and the app's hook from `validation`; everything else is there to be put into these."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A config of three optimizer steps, to prove that a training fits: the same batches and weights, no samples, no checkpoint.
+"""A config of three optimizer steps, to prove that a training fits: the same batches and weights, no samples, no validation, no checkpoint.
 
 Packed samples all have the maximum length, so that any batch is the longest one. Without packing the proof holds for what it meets.
 """
@@ -10,6 +10,7 @@ from core.config.edits import CHAT_HOOK
 from core.config.findings import number
 from core.config.library import read_config
 from core.config.source import ConfigSource
+from core.config.validation import set_validation
 from core.errors import InputError
 from core.files import write_text
 from core.project import Project
@@ -27,6 +28,7 @@ def dry_config(source: ConfigSource) -> ConfigSource:
     source = source.delete("train_cfg.max_epochs").set("train_cfg.max_iters", steps)
     if source.has(CHAT_HOOK):
         source = source.delete(CHAT_HOOK)
+    source = set_validation(source, None)
     if source.has(f"{_CHECKPOINT}.interval"):
         source = source.set(f"{_CHECKPOINT}.interval", _NEVER, follow=False)
         source = source.set(f"{_CHECKPOINT}.save_last", False)

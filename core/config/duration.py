@@ -12,6 +12,7 @@ from core.config.findings import Context, iterations_per_epoch, number
 from core.config.memory.comparison import card_of
 from core.config.memory.shape import read_shape
 from core.config.source import ConfigSource
+from core.config.validation import added_time
 from core.errors import DanluError
 from core.files import read_json, write_json
 from core.models.inspect import fingerprint
@@ -20,24 +21,11 @@ from core.runs.directory import RunDirectory
 from core.runs.jobs import list_runs
 from core.runs.metrics import merge_resumes, parse
 from core.runs.progress import tokens_per_second
+from core.runs.utilisation import peak_flops
 
 _TAIL_BYTES: Final = 256 * 1024
 _RUNS_ASKED: Final = 30
 _WARM_STEPS: Final = 4
-_PEAK_FLOPS: Final = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40": 181e12,
-    "A10": 125e12,
-    "4090": 165e12,
-    "3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-"""Dense 16-bit matrix products, from NVIDIA's data sheets."""
 _UTILISATION: Final = {False: (0.15, 0.4), True: (0.3, 0.6)}
 """Share of that which a training reaches: stock, and with the speed layer. A guess, and said to be one."""
 
@@ -78,15 +66,16 @@ def estimate_duration(
     few, most = (max(1, round(count * epochs)) for count in per_epoch)
     micro = int(number(source, "batch_size", 1) * number(source, "max_length", 2048) * context.world_size)
     size = ((few, most), (max(1, few // counts), max(1, most // counts)), micro * counts)
+    all_of_it = 1 + added_time(source, context)
     paces = _measured(project, source, context, card)
     if paces:
         pace = statistics.median(paces.values())
-        return Duration(*size, (few * micro / pace, most * micro / pace), "runs", tuple(paces))
+        return Duration(*size, (few * micro / pace * all_of_it, most * micro / pace * all_of_it), "runs", tuple(paces))
     guess = _guess(source, context, card, is_fast=is_fast)
     if guess is None:
         return Duration(*size, None, "unknown")
     slow, fast = guess
-    return Duration(*size, (few * micro / fast, most * micro / slow), "guess")
+    return Duration(*size, (few * micro / fast * all_of_it, most * micro / slow * all_of_it), "guess")
 
 
 def _measured(project: Project, source: ConfigSource, context: Context, card: str | None) -> dict[str, float]:
@@ -140,7 +129,7 @@ def _guess(source: ConfigSource, context: Context, card: str | None, *, is_fast:
 
     Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361), section 2.1; frozen weights need no gradient of their own.
     """
-    peak = next((flops for name, flops in _PEAK_FLOPS.items() if card and name in card), None)
+    peak = peak_flops(card) if card else None
     if peak is None or context.model is None:
         return None
     try:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from core.config.deepspeed import Setting
 from core.config.facts import DataFacts, Machine, ModelFacts
 from core.config.source import ConfigSource
 from core.messages import Message, message
@@ -44,7 +45,9 @@ class Context:
     machine: Machine = field(default_factory=Machine)
     world_size: int = 1
     deepspeed: str | None = None
-    """Name of the DeepSpeed setting training will start with: `deepspeed_zero2`."""
+    """Stage and offload of the DeepSpeed setting training will start with, as XTuner names its own: `deepspeed_zero2`."""
+    setting: Setting | None = None
+    """Its JSON, where that is to be checked too."""
     own_model: ModelFacts | None = None
     """What a fix puts in where the config's model is not on this machine."""
     own_data: DataFacts | None = None

@@ -8,7 +8,7 @@ from typing import Final
 
 from core.config.source import ConfigSource
 from core.config.tree import MAX_BYTES
-from core.errors import ConflictError, InputError
+from core.errors import ConflictError, DanluError, InputError
 from core.files import free_path, read_json, write_json, write_text
 from core.project import Project
 from core.xtuner.catalogue import ConfigEntry, find
@@ -118,12 +118,16 @@ def original(name: str) -> str | None:
 
 
 def open_draft(project: Project, name: str) -> Draft:
-    """The draft of a config if there is one, else its file."""
+    """The draft of a config if there is one that can be read, else its file."""
     file = _draft_file(project, name)
     saved = read_config(project.config / f"{name}.py")
-    if file.exists():
+    try:
         value = read_json(file)
-        return Draft(name, str(value["text"]), str(value["saved_text"]), value.get("broken_text"))
+        text, saved_text, broken_text = value["text"], value["saved_text"], value.get("broken_text")
+        if isinstance(text, str) and isinstance(saved_text, str) and isinstance(broken_text, str | None):
+            return Draft(name, text, saved_text, broken_text)
+    except (DanluError, KeyError, TypeError, AttributeError):
+        pass
     return Draft(name, saved, saved)
 
 

@@ -1,9 +1,10 @@
-"""Training on this machine: its GPUs, and the command for torchrun here. Another launcher (a cluster's) would stand beside it."""
+"""Training on this machine: its GPUs, and the command that trains here. Another launcher (a cluster's) would stand beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.environment.interpreters import is_legacy
 from core.runs.devices import holders
 from core.xtuner.command import free_port, training_argv, training_env
 
@@ -48,8 +49,10 @@ def idle_gpu() -> str | None:
 
 
 def command(python: str, run_folder: Path, *, gpus: Sequence[str], world_size: int, is_local: bool) -> Command:
-    """torchrun on this machine. gpus: UUIDs or indices, one process each; none: `world_size` processes on the CPU."""
-    argv = training_argv(python, run_folder, world_size=world_size, port=free_port())
+    """On this machine. gpus: UUIDs or indices, one process each; none: `world_size` processes on the CPU."""
+    argv = training_argv(
+        python, run_folder, world_size=world_size, port=free_port(), needs_torchrun=is_legacy(Path(python))
+    )
     return Command(argv, training_env(gpus=gpus, world_size=world_size, is_local=is_local))
 
 

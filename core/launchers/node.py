@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from core.errors import DanluError, JobError
+from core.errors import DanluError, JobError, MachineError
 from core.files import write_json
 from core.i18n import catalog
 from core.launchers.nodes import COMPARED, NODES_FOLDER, NodesWish, differing_versions, read_nodes
@@ -70,7 +70,9 @@ def report(run: RunDirectory, rank: int, state: str, exit_code: int | None = Non
 def _lead(run: RunDirectory, wish: NodesWish) -> int:
     table = _Table()
     others = set(range(1, wish.nodes))
-    with socket.create_server(("", wish.port + 1)) as server:
+    for old in (run.path / NODES_FOLDER).glob("*.json"):
+        old.unlink()  # of an earlier attempt: nobody is there yet
+    with _server(wish.port + 1) as server:
         threading.Thread(target=_listen, args=(server, table, run.id), daemon=True).start()
         report(run, 0, "joining")
         _wait_for_all(run, table, others)
@@ -86,6 +88,14 @@ def _lead(run: RunDirectory, wish: NodesWish) -> int:
             time.sleep(2 * _BEAT_SECONDS)  # The others hear the word with their next sign of life.
         report(run, 0, "ended", code)
         return code
+
+
+def _server(port: int) -> socket.socket:
+    """Raises MachineError `nodes.port_in_use` if something listens there already."""
+    try:
+        return socket.create_server(("", port))
+    except OSError as error:
+        raise MachineError("nodes.port_in_use", port=port, reason=error.strerror or str(error)) from error
 
 
 def _wait_for_all(run: RunDirectory, table: _Table, others: set[int]) -> None:

@@ -23,6 +23,8 @@ JOB_FILE: Final = "slurm.json"
 """In the run's folder: what Slurm last said of the job."""
 SAVE_REQUEST: Final = "requeue.request"
 """In the run's folder: the batch file asks the trainer to save and end, because the time limit is near."""
+RESUME_VARIABLE: Final = "DANLU_RESUME"
+"""Set by the batch file of a job that Slurm started again: the checkpoint to go on from."""
 _TIMEOUT_SECONDS: Final = 30.0
 _PENDING: Final = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING")
 _RUNNING: Final = ("RUNNING", "COMPLETING", "STOPPED", "SIGNALING")
@@ -165,6 +167,7 @@ def wrap(
         root=shlex.quote(str(root)),
         run=folder,
         save_request=SAVE_REQUEST,
+        resume=RESUME_VARIABLE,
         python=shlex.quote(python),
         inner=shlex.quote(inner),
     )
@@ -180,8 +183,8 @@ export DANLU_RUN={run}
 export DANLU_PORT=$((20000 + SLURM_JOB_ID % 20000))
 rm -f "$DANLU_RUN/{save_request}"
 if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then
-  export DANLU_RESUME="$({python} -m core.launchers.newest "$DANLU_RUN")"
-  echo "danlu: started again by Slurm, going on from ${{DANLU_RESUME:-the beginning}}"
+  export {resume}="$({python} -m core.launchers.newest "$DANLU_RUN")"
+  echo "danlu: started again by Slurm, going on from ${{{resume}:-the beginning}}"
 fi
 
 # Slurm sends USR1 before the time limit: save, end, and wait in the queue for the next turn.

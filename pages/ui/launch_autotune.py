@@ -15,6 +15,7 @@ from core.runs.autotune import KIND, start_autotune
 from core.runs.jobs import active_jobs, active_runs
 from core.runs.speed_table import Measured, Setting, Table
 from pages.ui import shell
+from pages.ui.audit import note
 from pages.ui.jobs import job_panel
 from pages.ui.text import gib, show_error, t
 
@@ -97,6 +98,7 @@ def _start(project: Project, config: Path, gpu: str | None) -> None:
     python = shell.settings().python
     try:
         start_autotune(project, config, gpu=gpu, python=str(python) if python else None)
+        note("start", f"autotune {config.name}")
     except DanluError as error:
         show_error(error)
 

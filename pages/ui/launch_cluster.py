@@ -88,14 +88,20 @@ def _choose_cluster() -> SlurmWish:
         show_error(error)
         st.stop()
     first, second, third, fourth = st.columns(4)
-    partition = first.selectbox(t("slurm.partition"), names, key="launch_partition")
-    account = second.text_input(t("slurm.account"), key="launch_account")
-    nodes = third.number_input(t("slurm.nodes"), 1, 256, 1, key="launch_nodes")
-    gpus = fourth.number_input(t("slurm.gpus_per_node"), 0, 16, 1, key="launch_gpus_per_node")
-    cpus = first.number_input(t("slurm.cpus"), 1, 128, 4, key="launch_cpus")
-    minutes = second.number_input(t("slurm.minutes"), 1, 60 * 24 * 30, 720, key="launch_minutes")
+    partition = first.selectbox(t("slurm.partition"), names, key="launch_partition", help=t("slurm.partition_help"))
+    account = second.text_input(t("slurm.account"), key="launch_account", help=t("slurm.account_help"))
+    nodes = third.number_input(t("slurm.nodes"), 1, 256, 1, key="launch_nodes", help=t("slurm.nodes_help"))
+    gpus = fourth.number_input(
+        t("slurm.gpus_per_node"), 0, 16, 1, key="launch_gpus_per_node", help=t("slurm.gpus_per_node_help")
+    )
+    cpus = first.number_input(t("slurm.cpus"), 1, 128, 4, key="launch_cpus", help=t("slurm.cpus_help"))
+    minutes = second.number_input(
+        t("slurm.minutes"), 1, 60 * 24 * 30, 720, key="launch_minutes", help=t("slurm.minutes_help")
+    )
     seconds = third.number_input(t("slurm.signal"), 30, 3600, 300, key="launch_signal", help=t("slurm.signal_help"))
-    setup = st.text_area(t("slurm.setup"), key="launch_setup", height=80, placeholder="module load cuda/12.4")
+    setup = st.text_area(
+        t("slurm.setup"), key="launch_setup", height=80, placeholder="module load cuda/12.4", help=t("slurm.setup_help")
+    )
     return SlurmWish(
         partition=partition or "",
         account=account.strip(),
@@ -115,10 +121,14 @@ def _choose_nodes() -> NodesWish:
     address = first.text_input(
         t("nodes.address"), _default_address(), key="launch_address", help=t("nodes.address_help")
     )
-    count = second.number_input(t("nodes.count"), 2, 64, 2, key="launch_node_count")
-    gpus = third.number_input(t("nodes.gpus_per_node"), 0, 16, cards, key="launch_node_gpus")
-    port = fourth.number_input(t("nodes.port"), 1024, 65534, 29500, key="launch_port")
-    interface = st.text_input(t("nodes.interface"), key="launch_interface", placeholder="eth0")
+    count = second.number_input(t("nodes.count"), 2, 64, 2, key="launch_node_count", help=t("nodes.count_help"))
+    gpus = third.number_input(
+        t("nodes.gpus_per_node"), 0, 16, cards, key="launch_node_gpus", help=t("nodes.gpus_per_node_help")
+    )
+    port = fourth.number_input(t("nodes.port"), 1024, 65534, 29500, key="launch_port", help=t("nodes.port_help"))
+    interface = st.text_input(
+        t("nodes.interface"), key="launch_interface", placeholder="eth0", help=t("nodes.interface_help")
+    )
     try:
         return NodesWish(
             address=address.strip(),
@@ -165,5 +175,7 @@ def _choose_processes() -> int:
     if most == 1:
         return 1
     return int(
-        st.number_input(t("launch.processes"), 1, most, 1, key="launch_processes", help=t("launch.processes_help"))
+        st.number_input(
+            t("launch.processes"), 1, most, 1, key="launch_processes", help=t("launch.processes_help"), width=240
+        )
     )

@@ -21,8 +21,9 @@ from core.files import free_path
 from core.launchers.local import list_gpus
 from core.models.inspect import fingerprint
 from core.project import Project
-from core.runs.train import TrainRequest, start_training
+from core.runs.train import TrainRequest, start_training, surroundings
 from pages.ui import shell
+from pages.ui.audit import note
 from pages.ui.launch_views import apply_change
 from pages.ui.text import gib, say, t
 
@@ -32,8 +33,8 @@ _VERDICTS: Final = {Verdict.FITS: "green", Verdict.TIGHT: "orange", Verdict.TOO_
 _GIB: Final = 2**30
 
 
-def memory_panel(project: Project, request: TrainRequest) -> None:
-    """The budget of this start, or why there is none."""
+def memory_panel(project: Project, request: TrainRequest) -> str | None:
+    """The budget of this start, or why there is none. Returns it in one badge for the bar."""
     source = ConfigSource(read_config(request.config))
     st.subheader(t("budget.title"), divider="gray")
     cards = {gpu.uuid: gpu for gpu in list_gpus() if gpu.uuid in request.gpus or str(gpu.index) in request.gpus}
@@ -45,6 +46,7 @@ def memory_panel(project: Project, request: TrainRequest) -> None:
             index=_CARD_SIZES.index(24),
             format_func=lambda gigabytes: t("budget.card_size", size=gigabytes),
             key="launch_card_size",
+            help=t("budget.card_help"),
         )
         free = {t("budget.assumed"): size * _GIB}
     smallest = min(free.values())
@@ -52,15 +54,34 @@ def memory_panel(project: Project, request: TrainRequest) -> None:
         budget = _budget(project, request, source, smallest, next((card.name for card in cards.values()), None))
     except InputError as error:
         st.caption(" ".join(say(part) for part in (error.what, error.next)))
-        return
+        return None
     _bars(budget, free)
     _words(budget, smallest, count=len(free))
     _ways(project, request, budget, smallest)
+    return _badge(budget, smallest, has_card=bool(cards))
+
+
+def _badge(budget: Budget, free_bytes: int, *, has_card: bool) -> str:
+    """Without a card there is nothing to fit into: only what one would need."""
+    sizes = list(dict.fromkeys(gib(size) for size in budget.shown_bytes))
+    size = " – ".join(sizes)
+    if not has_card:
+        return f":gray-badge[:material/memory: {t('launch.bar.would_need', size=size)}]"
+    verdict = budget.verdict(free_bytes)
+    words = t(f"launch.bar.{verdict}", size=size, free=gib(free_bytes))
+    return f":{_VERDICTS[verdict]}-badge[:material/memory: {words}]"
 
 
 def _budget(project: Project, request: TrainRequest, source: ConfigSource, free_bytes: int, card: str | None) -> Budget:
+    around = surroundings(project, request)
+    kept = around.setting.to_json() if around.setting else None
     start = comparison.start_of(
-        {"deepspeed": request.deepspeed, "world_size": request.world_size, "speed": request.speed}
+        {
+            "deepspeed": around.deepspeed,
+            "deepspeed_config": kept,
+            "world_size": request.world_size,
+            "speed": request.speed,
+        }
     )
     budget = read_budget(source, start, free_bytes=free_bytes)
     folder = model_folder(source)
@@ -178,6 +199,7 @@ def _prove(project: Project, request: TrainRequest) -> None:
     name = free_path(project.train / "dry_run").name
     config = write_dry_run(project, request.config)
     run = start_training(project, replace(request, config=config, name=name, resume=None))
+    note("start", run.id)
     st.session_state["monitor_run"] = run.id
     st.switch_page(shell.PAGES["monitor"], query_params={"run": run.id})
 

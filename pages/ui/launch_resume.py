@@ -20,6 +20,7 @@ from core.runs.resume import Mode
 from core.runs.samples import read_answers
 from core.runs.state import Phase, read_status
 from core.runs.train import project_checkpoints
+from core.runs.validation import best_among
 from pages.ui import shell
 from pages.ui.jobs import job_panel
 from pages.ui.run_data import metrics_of
@@ -57,7 +58,11 @@ def choose_resume(project: Project) -> Resume:
         key="launch_way",
     )
     st.caption(t(f"resume.ways_help.{way or 'exact'}"))
-    extra = st.number_input(t("resume.extra_epochs"), 1, 1000, 1, key="launch_extra") if way == "longer" else 0
+    extra = (
+        st.number_input(t("resume.extra_epochs"), 1, 1000, 1, key="launch_extra", help=t("resume.extra_epochs_help"))
+        if way == "longer"
+        else 0
+    )
     saved_with = f"deepspeed_zero{card.stage or 2}" if card.is_folder else None
     return Resume(card.path, Mode.WEIGHTS if way == "weights" else Mode.EXACT, extra, saved_with)
 
@@ -66,6 +71,7 @@ def _choose_card(
     project: Project, cards: list[CheckpointCard], usable: dict[str, CheckpointCard]
 ) -> CheckpointCard | None:
     newest = newest_complete([card for card in cards if card.has_optimizer])
+    best = best_among(card.path for card in cards)
     chosen = None
     if usable:
         default = list(usable).index(str(newest.path)) if newest else 0
@@ -74,15 +80,21 @@ def _choose_card(
             usable,
             index=default,
             key="launch_checkpoint",
-            format_func=lambda path: f"{Path(path).parent.name} / {usable[path].name}",
+            format_func=lambda path: _label(usable[path], best.get(Path(path))),
+            help=t("launch.checkpoint_help"),
         )
         chosen = usable[picked]
     else:
         st.caption(t("launch.no_checkpoint"))
     with st.expander(t("resume.all", count=len(cards))):
         if cards:
-            st.dataframe(_table(cards), hide_index=True, width="stretch")
-        elsewhere = st.text_input(t("resume.elsewhere"), key="launch_elsewhere", placeholder="/…/iter_500.pth")
+            st.dataframe(_table(cards, best), hide_index=True, width="stretch")
+        elsewhere = st.text_input(
+            t("resume.elsewhere"),
+            key="launch_elsewhere",
+            placeholder="/…/iter_500.pth",
+            help=t("resume.elsewhere_help"),
+        )
     if elsewhere.strip():
         chosen = inspect_checkpoint(Path(elsewhere.strip()).expanduser())
         if chosen.problem is not None:
@@ -91,6 +103,11 @@ def _choose_card(
     if chosen is not None:
         _card(project, chosen)
     return chosen
+
+
+def _label(card: CheckpointCard, best_loss: float | None) -> str:
+    label = f"{card.path.parent.name} / {card.name}"
+    return label if best_loss is None else f"{label} · {t('resume.best', loss=f'{best_loss:.4f}')}"
 
 
 def _card(project: Project, card: CheckpointCard) -> None:
@@ -162,12 +179,15 @@ def _answer_at(card: CheckpointCard) -> str | None:
     return samples[-1].answer.strip().replace("\n", " ")[:160] if samples else None
 
 
-def _table(cards: list[CheckpointCard]) -> pd.DataFrame:
-    columns = [t(f"resume.{name}") for name in ("run", "step", "contents", "form", "size", "saved", "state")]
+def _table(cards: list[CheckpointCard], best: dict[Path, float]) -> pd.DataFrame:
+    columns = [
+        t(f"resume.{name}") for name in ("run", "step", "validation", "contents", "form", "size", "saved", "state")
+    ]
     rows = [
         (
             card.path.parent.name,
             card.iteration,
+            t("resume.best", loss=f"{best[card.path]:.4f}") if card.path in best else "",
             "–" if card.is_adapter is None else t("resume.adapter") if card.is_adapter else t("resume.full"),
             _form(card) if card.stage is not None else "–",
             gib(card.size_bytes),

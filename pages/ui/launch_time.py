@@ -13,8 +13,8 @@ from core.xtuner.runtime.speed.parts import FAST_PASS, Wish
 from pages.ui.text import duration, t
 
 
-def time_panel(project: Project, request: TrainRequest) -> None:
-    """How many steps, how long, and what it costs if a price is set."""
+def time_panel(project: Project, request: TrainRequest) -> str | None:
+    """How many steps, how long, and what it costs if a price is set. Returns it in one badge for the bar."""
     source = ConfigSource(read_config(request.config))
     card = next((gpu.name for gpu in list_gpus() if {gpu.uuid, str(gpu.index)} & set(request.gpus)), None)
     found = estimate_duration(
@@ -26,13 +26,14 @@ def time_panel(project: Project, request: TrainRequest) -> None:
     )
     if found is None:
         st.caption(t("budget.time.no_data"))
-        return
+        return None
     left, right = st.columns([4, 1], vertical_alignment="bottom")
     with right:
         price = _price(project, card) if card else 0.0
     with left:
         st.markdown(" ".join([_size(found), _time(found), _cost(found, price, len(request.gpus))]))
         st.caption(t(f"budget.time.{found.basis}", runs=names(found.runs), card=card or "?"))
+    return f":gray-badge[:material/schedule: {_short(found)}]"
 
 
 def _price(project: Project, card: str) -> float:
@@ -60,6 +61,14 @@ def _time(found: Duration) -> str:
         return ""
     low, high = (duration(seconds) for seconds in found.seconds)
     return t("budget.time.takes_about", low=low) if low == high else t("budget.time.takes", low=low, high=high)
+
+
+def _short(found: Duration) -> str:
+    if found.seconds is None:
+        low, high = found.iterations
+        return t("launch.bar.steps", low=f"{low:,}", high=f"{high:,}")
+    low, high = (duration(seconds) for seconds in found.seconds)
+    return t("launch.bar.about", low=low) if low == high else t("launch.bar.takes", low=low, high=high)
 
 
 def _cost(found: Duration, price: float, cards: int) -> str:

@@ -7,9 +7,10 @@ import streamlit as st
 
 from core.config.checks import check, gather
 from core.config.edits import data_files, method_of
-from core.config.findings import Edit, Finding, Severity
+from core.config.findings import Edit, Finding
 from core.config.library import change_config, read_config
 from core.config.source import ConfigSource
+from core.config.validation import read_validation
 from core.errors import DanluError
 from core.project import Project
 from core.runs.directory import RunSpec
@@ -26,25 +27,37 @@ def facts(source: ConfigSource) -> None:
     batch, accumulation, length, epochs = (
         source.effective(name, "—") for name in ("batch_size", "accumulative_counts", "max_length", "max_epochs")
     )
-    st.caption(t("launch.facts", method=t(f"launch.method.{method_of(source)}"), model=model, data=files))
-    st.caption(t("launch.numbers", batch=batch, accumulation=accumulation, length=length, epochs=epochs))
+    trained = t("launch.facts", method=t(f"launch.method.{method_of(source)}"), model=model, data=files)
+    numbers = t("launch.numbers", batch=batch, accumulation=accumulation, length=length, epochs=epochs)
+    validated = _validated(source)
+    st.caption("  \n".join([trained, numbers, *([validated] if validated else [])]))
 
 
-def show_checks(project: Project, request: TrainRequest) -> bool:
-    """Findings of the config, each with its fix; False if one of them would stop the training."""
+def _validated(source: ConfigSource) -> str | None:
+    """How it is validated, and when it ends early."""
+    validation = read_validation(source)
+    if validation is None:
+        return None
+    names = ", ".join(file.rpartition("/")[2] for file in validation.files)
+    said = t("launch.validated", data=names, every=f"{validation.every:,}")
+    return f"{said} · {t('launch.early', patience=validation.patience)}" if validation.patience else said
+
+
+def show_checks(project: Project, request: TrainRequest) -> list[Finding]:
+    """What the checks found, worst first, each with its fix."""
     if error := st.session_state.pop("launch_error", None):
         show_error(error)
     source = ConfigSource(read_config(request.config))
     findings = check(source, gather(source, surroundings(project, request)))
     if not findings:
         st.success(t("launch.checked"), icon=":material/check_circle:")
-        return True
+        return []
     for number, finding in enumerate(findings):
         can_mend = finding.fix is not None or finding.choose is not None
         mends = partial(_mend, project, request) if can_mend else None
         finding_card(finding, key=f"launch_fix_{finding.code}_{number}", on_fix=mends, is_wide=True)
     st.page_link(shell.PAGES["config"], label=t("launch.mend"), icon=shell.ICONS["config"])
-    return all(finding.severity != Severity.ERROR for finding in findings)
+    return findings
 
 
 def _mend(project: Project, request: TrainRequest, finding: Finding) -> None:
@@ -54,8 +67,7 @@ def _mend(project: Project, request: TrainRequest, finding: Finding) -> None:
 def apply_change(project: Project, request: TrainRequest, *, edit: Edit | None, deepspeed: str | None) -> None:
     """Write an edit into the config, or make another DeepSpeed choice on this page. An error is shown on the next run."""
     if deepspeed is not None:
-        for key in [key for key in st.session_state if str(key).startswith("launch_deepspeed_")]:
-            st.session_state[key] = deepspeed
+        choose_deepspeed_again(deepspeed)
     if edit is None:
         return
     try:
@@ -65,10 +77,15 @@ def apply_change(project: Project, request: TrainRequest, *, edit: Edit | None, 
         st.session_state["launch_error"] = error
 
 
+def choose_deepspeed_again(name: str) -> None:
+    """Another DeepSpeed choice, from a callback. Its box has one key for each choice that a checkpoint asks for."""
+    for key in [key for key in st.session_state if str(key).startswith("launch_deepspeed_")]:
+        st.session_state[key] = name
+
+
 def show_command(spec: RunSpec) -> None:
-    with st.expander(t("launch.command"), icon=":material/terminal:"):
-        if spec.details["total_iterations"]:
-            st.caption(t("launch.iterations", count=f"{spec.details['total_iterations']:,}"))
-        lines = [f"{name}={shlex.quote(value)} \\" for name, value in sorted(spec.env.items())]
-        command = "\n".join([f"cd {shlex.quote(spec.cwd)}", *lines, shlex.join(spec.argv)])
-        st.code(command, language="bash", wrap_lines=True)
+    if spec.details["total_iterations"]:
+        st.caption(t("launch.iterations", count=f"{spec.details['total_iterations']:,}"))
+    lines = [f"{name}={shlex.quote(value)} \\" for name, value in sorted(spec.env.items())]
+    command = "\n".join([f"cd {shlex.quote(spec.cwd)}", *lines, shlex.join(spec.argv)])
+    st.code(command, language="bash", wrap_lines=True)

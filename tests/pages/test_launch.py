@@ -10,12 +10,13 @@ from streamlit.testing.v1 import AppTest
 from core.config.source import ConfigSource
 from core.files import write_json
 from core.launchers import node, slurm
+from core.messages import message
 from core.project import open_project
 from core.runs import train
 from core.runs.directory import RunDirectory, RunSpec
 from tests.core.runs.test_resume import write_run
 from tests.models import write_tiny_qwen2
-from tests.training import make_project
+from tests.training import make_project, validate_on
 
 SCRIPT = str(Path(__file__).parents[2] / "pages/train/launch.py")
 
@@ -48,7 +49,7 @@ def test_a_config_shows_its_facts_and_the_command(
     project, _ = make_project(tmp_path / "p", write_tiny_qwen2)
     app = show(project.root, monkeypatch, language)
     assert any("LoRA" in caption.value and "rows.jsonl" in caption.value for caption in app.caption)
-    assert "torch.distributed.run" in app.code[0].value
+    assert "core.xtuner.runtime.entry" in app.code[0].value
     assert not app.error
     assert not app.button(key="launch_start").disabled
 
@@ -57,8 +58,8 @@ def test_a_missing_model_is_an_error_with_a_next_step(tmp_path: Path, monkeypatc
     project, config = make_project(tmp_path / "p", write_tiny_qwen2)
     config.write_text(config.read_text().replace("/tiny", "/gone"))
     app = show(project.root, monkeypatch)
-    assert "does not exist" in app.error[0].value
-    assert not app.button
+    assert "There is no model folder" in app.error[0].value
+    assert app.button(key="launch_start").disabled
 
 
 def test_start_makes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +98,15 @@ def with_checkpoint(root: Path, **request: Any) -> Any:
 def test_resuming_on_other_ranks_says_what_will_happen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     project = with_checkpoint(tmp_path / "p", cpu_processes=2)
+    for run in project.train.iterdir():
+        (run / "validation.jsonl").write_text('{"iteration": 8, "loss": 1.5, "is_best": true}\n')
+    validate_on(project, project.config / "tiny.py")
     app = show(project.root, monkeypatch)
     app.toggle(key="launch_resume").set_value(True).run()
     assert not app.exception
     assert app.selectbox(key="launch_checkpoint").value.endswith("iter_8.pth")
+    assert app.selectbox(key="launch_checkpoint").options[0].endswith("best · validation loss 1.5000")
+    assert any("validated on held_out.jsonl, every 2 micro-steps" in caption.value for caption in app.caption)
     assert any("Written by 2 processes" in info.value and "iteration 8 becomes 16" in info.value for info in app.info)
     app.number_input(key="launch_processes").set_value(2).run()
     assert not any("Written by" in info.value for info in app.info)
@@ -132,7 +138,7 @@ def test_another_lora_shape_is_refused_with_its_name(tmp_path: Path, monkeypatch
     app = show(project.root, monkeypatch)
     app.toggle(key="launch_resume").set_value(True).run()
     assert "lora.r: 64 → 8" in app.error[0].value
-    assert not [button for button in app.button if button.key == "launch_start"]
+    assert app.button(key="launch_start").disabled
 
 
 def test_a_cluster_shows_its_batch_file_and_an_edit_is_submitted(
@@ -217,3 +223,92 @@ def test_the_monitor_shows_nodes_and_what_to_paste(tmp_path: Path) -> None:
     )
     app.run()
     assert "Slurm job 7 · waiting · place 3 in the queue · others come first" in app.caption[0].value
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_bar_counts_what_the_checks_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str) -> None:
+    project, config = make_project(tmp_path / "p", write_tiny_qwen2)
+    config.write_text(ConfigSource(config.read_text()).set("lr", 1.0).text + "\nround = 1\n")
+    app = show(project.root, monkeypatch, language)
+    bar = next(markdown.value for markdown in app.markdown if "red-badge" in markdown.value)
+    words = ("1 error]", "1 warning]") if language == "en" else ("1 处错误]", "1 处警告]")
+    assert all(word in bar for word in words)
+    assert "GiB" in bar
+    assert "round" in app.error[0].value
+    assert app.button(key="launch_start").disabled
+
+
+def test_a_deepspeed_json_is_edited_saved_under_a_name_and_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, _ = make_project(tmp_path / "p", write_tiny_qwen2)
+    launched: list[Any] = []
+    monkeypatch.setattr(
+        train, "launch", lambda _parent, spec: launched.append(spec) or train.RunDirectory(project.train / spec.id)
+    )
+    monkeypatch.setattr("streamlit.switch_page", lambda *_args, **_options: None)
+    app = show(project.root, monkeypatch)
+    app.selectbox(key="launch_deepspeed_0").set_value("deepspeed_zero2").run()
+    assert not app.button(key="launch_start").disabled
+    stock = editor(app).value
+    assert '"stage": 2' in stock
+
+    editor(app).set_value(stock.replace("overlap_comm", "overlap_com")).run()
+    assert app.button(key="launch_start").disabled, "an edit that is not saved is not started unseen"
+    assert any("line 9, column 5" in m.value and "Did you mean `overlap_comm`" in m.value for m in app.markdown)
+    editor(app).set_value(stock[:-4]).run()
+    assert any("no valid JSON" in error.value for error in app.error)
+
+    mine = stock.replace('"stage": 2', '"stage": 1')
+    editor(app).set_value(mine).run()
+    app.text_input(key="launch_zero_name").set_value("deepspeed_zero1").run()
+    app.button(key="launch_zero_save_as").click().run()
+    assert any("XTuner's own" in error.value for error in app.error)
+    app.text_input(key="launch_zero_name").set_value("mine").run()
+    app.button(key="launch_zero_save_as").click().run()
+    assert not app.exception
+    assert app.selectbox(key="launch_deepspeed_0").value == "mine"
+    assert editor(app).value == mine
+    kept = project.config / "deepspeed/mine.json"
+    editor(app).set_value(f"{mine}\n").run()
+    app.button(key="launch_zero_discard").click().run()
+    assert (editor(app).value, kept.read_text()) == (mine, mine)
+    mine = mine.replace('"overlap_comm": true', '"overlap_comm": false')
+    editor(app).set_value(mine).run()
+    app.button(key="launch_zero_save").click().run()
+    assert (editor(app).value, kept.read_text()) == (mine, mine)
+    app.button(key="launch_start").click().run()
+    assert (launched[0].details["deepspeed"], launched[0].details["deepspeed_config"]["text"]) == (
+        "deepspeed_zero1",
+        mine,
+    )
+    app.button(key="launch_zero_remove").click().run()
+    assert app.selectbox(key="launch_deepspeed_0").value == "deepspeed_zero1"
+    assert not kept.exists()
+
+
+def editor(app: AppTest) -> Any:
+    return next(area for area in app.text_area if str(area.key).startswith("launch_zero_json_"))
+
+
+@pytest.mark.parametrize(("language", "words"), [("en", "pass 2: 5 of 22 rows"), ("zh", "第 2 遍：5 / 22 行")])
+def test_the_monitor_says_how_far_tokenising_is(tmp_path: Path, language: str, words: str) -> None:
+    def page(folder: str) -> None:
+        from pathlib import Path
+
+        import streamlit as st
+
+        from core.runs.directory import RunDirectory
+        from pages.ui.run_tokenising import tokenising_note
+
+        st.text(tokenising_note(RunDirectory(Path(folder))))
+
+    run = RunDirectory(tmp_path)
+    app = AppTest.from_function(page, args=(str(run.path),))
+    app.session_state["language"] = language
+    assert app.run().text[0].value == "False"
+    write_json(run.progress_file, {"done": 5, "total": 22, "message": message("monitor.tokenising", step=2).to_json()})
+    app.run()
+    assert not app.exception
+    assert app.text[0].value == "True"
+    assert words in app.get("progress")[0].proto.text

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from core.config.deepspeed import zero_of
 from core.config.library import read_config
 from core.config.memory.budget import Budget, read_budget
 from core.config.memory.measured import Key, remember
@@ -78,6 +79,7 @@ def start_of(details: Mapping[str, Any]) -> Start:
     return Start(
         world_size=int(details.get("world_size") or 1),
         deepspeed=str(deepspeed) if deepspeed else None,
+        zero=zero_of(details) if deepspeed else None,
         has_flash_attention=importlib.util.find_spec("flash_attn") is not None,
         wish=Wish.from_json(details.get("speed") or "off"),
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
+from core.config.deepspeed import zero_of_choice
 from core.config.edits import set_method
 from core.config.memory.budget import Budget, Verdict, make_budget
 from core.config.memory.setup import Attention, Engine, Setup, Start, read_setup
@@ -98,7 +99,12 @@ def _deepspeed_options(budget: Budget) -> Iterator[Option]:
         is_larger = (stage, is_offloaded) > (setup.stage, setup.is_offloaded)
         if not is_larger or (stage == 3 and (setup.method == "qlora" or (setup.world_size == 1 and not is_offloaded))):
             continue
-        other = replace(setup, engine=Engine.DEEPSPEED, stage=stage, is_offloaded=is_offloaded)
+        # XTuner's settings have DeepSpeed's own buckets, and offload everything they can.
+        zero = zero_of_choice(name)
+        other = replace(
+            setup, engine=Engine.DEEPSPEED, stage=stage, is_offloaded=is_offloaded, offloads_parameters=zero.offloads_parameters,
+            bucket_elements=zero.bucket_elements, overlaps=zero.overlaps, live_elements=zero.live_elements,
+        )  # fmt: skip
         code = "offload" if is_offloaded else f"zero{stage}"
         changed = _budget(budget, other)
         yield Option(code, message(f"budget.options.{code}"), message(f"budget.prices.{code}"), changed, deepspeed=name)

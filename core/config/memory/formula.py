@@ -20,10 +20,6 @@ from core.config.memory.shape import Shape
 MIB: Final = 2**20
 _WORKSPACE: Final = 64 * MIB
 """cuBLAS's workspaces and the batch itself."""
-_BUCKET_ELEMENTS: Final = 500_000_000
-"""DeepSpeed's reduce_bucket_size; `overlap_comm`, which XTuner's settings switch on, takes two."""
-_GATHERED_PARAMETERS: Final = 1_000_000_000
-"""ZeRO-3's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +149,9 @@ def static(setup: Setup, counts: Counts) -> Static:
         return Static(weights, adapters, 2 * trained * counts.trained, _kept(setup, trained * counts.trained))
     ranks = setup.world_size
     if setup.stage == 3:
-        gathered = 2 * min(_GATHERED_PARAMETERS, counts.base) if setup.method != "qlora" and ranks > 1 else 0
-        weights = weights / ranks + gathered
+        is_gathered = setup.method != "qlora" and (ranks > 1 or setup.offloads_parameters)
+        gathered = 2 * min(setup.live_elements, counts.base) if is_gathered else 0
+        weights = (0 if setup.offloads_parameters else weights / ranks) + gathered
     optimizer = 0 if setup.is_offloaded else 12 * counts.trained / ranks
     gradients = 0 if setup.is_offloaded else 2 * counts.trained / (ranks if setup.stage >= 2 else 1)
     return Static(weights, adapters, optimizer, _kept(setup, gradients))
@@ -187,7 +184,7 @@ def logits_bytes(shape: Shape, setup: Setup) -> float:
 def buckets(setup: Setup, counts: Counts) -> float:
     """What ranks reduce gradients through: DeepSpeed's two buckets, or the copies of DistributedDataParallel."""
     if setup.engine is Engine.DEEPSPEED:
-        return 2.0 * _BUCKET_ELEMENTS * (2 if setup.stage < 3 else 1)
+        return 2.0 * setup.bucket_elements * (2 if setup.stage < 3 and setup.overlaps else 1)
     if setup.world_size == 1:
         return 0.0
     return float(counts.trained * (_full_bytes(setup) if setup.method == "full" else 4))

@@ -64,4 +64,9 @@ def _read(project: Project) -> dict[str, list[Entry]]:
         value = read_json(_file(project)) if _file(project).is_file() else {}
     except InputError:
         return {}
-    return value if isinstance(value, dict) else {}
+    known = value.items() if isinstance(value, dict) else ()
+    return {key: entries for key, entries in known if isinstance(entries, list) and all(map(_is_entry, entries))}
+
+
+def _is_entry(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("run"), str) and isinstance(value.get("ratio"), int | float)

@@ -5,6 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
+from core.config.deepspeed import Zero, zero_of_choice
 from core.config.edits import method_of
 from core.config.source import ConfigSource
 from core.config.values import Code
@@ -62,6 +63,14 @@ class Setup:
     """ZeRO stage; 0 without DeepSpeed."""
     is_offloaded: bool = False
     """Optimizer states lie in RAM."""
+    offloads_parameters: bool = False
+    """So do the weights between their uses; stage 3 only."""
+    bucket_elements: int = 500_000_000
+    """DeepSpeed's reduce_bucket_size."""
+    overlaps: bool = True
+    """`overlap_comm`, which XTuner's settings switch on: stages 1 and 2 hold two buckets."""
+    live_elements: int = 1_000_000_000
+    """ZeRO-3's stage3_max_live_parameters."""
     wish: Wish = _STOCK
     """What the speed layer is asked for."""
 
@@ -89,6 +98,8 @@ class Start:
 
     world_size: int = 1
     deepspeed: str | None = None
+    zero: Zero | None = None
+    """Of the DeepSpeed JSON; None: what XTuner's setting of that name says."""
     has_flash_attention: bool = False
     wish: Wish = _STOCK
     """What the speed layer is asked for."""
@@ -99,7 +110,7 @@ class Start:
 def read_setup(source: ConfigSource, start: Start, *, model_type: str = "", stored: str = "bfloat16") -> Setup:
     """The setup of a config and its start. `stored`: dtype of the weight files, which `torch_dtype="auto"` takes."""
     deepspeed = start.deepspeed or ""
-    stage = int(deepspeed.removeprefix("deepspeed_zero")[:1] or 0) if deepspeed else 0
+    zero = start.zero or zero_of_choice(deepspeed)
     setup = Setup(
         method=method_of(source),
         batch_size=_whole(source, "batch_size", 1),
@@ -111,8 +122,12 @@ def read_setup(source: ConfigSource, start: Start, *, model_type: str = "", stor
         engine=_engine(source, deepspeed),
         weights=_weights(source, stored),
         world_size=start.world_size,
-        stage=stage,
-        is_offloaded="offload" in deepspeed,
+        stage=zero.stage,
+        is_offloaded=zero.offloads_optimizer,
+        offloads_parameters=zero.offloads_parameters,
+        bucket_elements=zero.bucket_elements,
+        overlaps=zero.overlaps,
+        live_elements=zero.live_elements,
         wish=start.wish,
     )
     if setup.method == "full":

@@ -1,21 +1,28 @@
-"""One process of the trainer: `python -m torch.distributed.run … -m core.xtuner.runtime.entry RUN_DIR`.
+"""One process of the trainer: `python -m core.xtuner.runtime.entry RUN_DIR`, where there are several through torchrun.
 
 Loads the run's own copy of the config, puts the app's hooks and patches in, and lets XTuner train. Exit codes: 0 trained or
 stopped on request, 3 an explained error (error.json), anything else a defect with its traceback in the log.
 """
 
+from core.runs.startup import clock  # isort: skip # first: it measures the other imports
+
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any, Final
 
+from core.checkpoints.weights import open_checkpoint
+from core.config import deepspeed
 from core.errors import DanluError
 from core.files import write_json
 from core.i18n import catalog
+from core.launchers.slurm import RESUME_VARIABLE
 from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.state import read_attempt
-from core.xtuner.runtime import compat, failures, tokenised
+from core.xtuner.command import free_port
+from core.xtuner.runtime import compat, failures, startup, tokenised, tokenising
 
 _HOOKS: Final = "core.xtuner.runtime"
 EXIT_EXPLAINED: Final = 3
@@ -26,6 +33,9 @@ def main(argv: list[str]) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         train(run)
+    except tokenising.Stopped:
+        _say("stopped before the first step; there is nothing to save")
+        return 0
     except Exception as error:
         explained = error if isinstance(error, DanluError) else failures.explain(error)
         if explained is None:
@@ -45,14 +55,22 @@ def main(argv: list[str]) -> int:
 def train(run: RunDirectory) -> None:
     """Train as run.json says, in this process. Raises whatever XTuner raises."""
     details = run.spec().details
+    source = run.source / f"{details['config']['name']}.py"
+    model = Path(details["base_model"]["path"])
+    startup.prefetch(model)
+    startup.leave_out(source.read_text(encoding="utf-8"), model, has_deepspeed=bool(details.get("deepspeed")))
+    stand_alone()
     from mmengine.config import Config
     from xtuner.tools import train as xtuner_train
 
-    config = Config.fromfile(str(run.source / f"{details['config']['name']}.py"))
+    clock.until("imports")
+    startup.format_once()
+    config = Config.fromfile(str(source))
     if details.get("method") != "qlora":  # 4-bit weights are packed on the GPU as they come: one file after another
         os.environ.setdefault("HF_ENABLE_PARALLEL_LOADING", "true")
     prepare(config, run, details)
     join_group(details)
+    clock.until("config")
     sys.argv = _xtuner_argv(run, details)
     # XTuner reads the config from its path; it must get the prepared one.
     xtuner_train.Config = _Prepared(config)
@@ -75,14 +93,30 @@ def prepare(config: Any, run: RunDirectory, details: dict[str, Any]) -> None:
     for patch in compat.apply(config, facts):
         _say(f"patch {patch.name} ({patch.versions}): {patch.reason}")
     insert_hooks(config, run)
+    startup.measure(config, run.path)
+    if config.get("visualizer"):
+        from core.xtuner.runtime import trackers
+
+        trackers.name_run(config, run.id)
     if details.get("speed") not in (None, "off"):
         _speed_up(config, details)
     # Last: what the data set is made with is part of its name.
-    tokenised.use_cache(config, details, Project(Path(run.spec().cwd)).private / "tokenised")
+    _tokenise(config, run, details)
+
+
+def _tokenise(config: Any, run: RunDirectory, details: dict[str, Any]) -> None:
+    """Once for all ranks, before they meet. XTuner gives a resumed run the seed of its checkpoint."""
+    resume = resume_from(run, details)
+    seed = open_checkpoint(Path(resume)).meta.get("seed") if resume else details.get("seed")
+    folder = Project(Path(run.spec().cwd)).private / "tokenised"
+    datasets = tokenised.use_cache(config, details | {"seed": seed}, folder)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(details["world_size"])
+    with clock.span("data"):
+        tokenising.make_ready(datasets, run, rank=rank, world_size=world_size, seed=int(seed or 0))
 
 
 def insert_hooks(config: Any, run: RunDirectory) -> None:
-    """Our hooks in place of XTuner's chat evaluation and mmengine's checkpoint hook, and two of our own."""
+    """Our hooks in place of XTuner's chat evaluation and mmengine's checkpoint hook, and up to four of our own."""
     folder = str(run.path)
     if config.get("custom_hooks") is None:
         config.custom_hooks = []
@@ -92,6 +126,12 @@ def insert_hooks(config: Any, run: RunDirectory) -> None:
     accumulation = int(config.optim_wrapper.get("accumulative_counts", 1))
     config.custom_hooks.append({"type": f"{_HOOKS}.hooks.LiveHook", "run": folder})
     config.custom_hooks.append({"type": f"{_HOOKS}.hooks.StopHook", "run": folder, "accumulation": accumulation})
+    config.custom_hooks.append({"type": f"{_HOOKS}.resumed.NumberHook"})
+    validation = config.get("validation")
+    if validation and validation["dataset"]["dataset"].get("data_files"):
+        options = {"type": f"{_HOOKS}.validation.ValidationHook", "run": folder}
+        batch_size = int(config.train_dataloader.get("batch_size", 1))
+        config.custom_hooks.append({**validation, **options, "batch_size": batch_size})
     if config.get("default_hooks") is None:
         config.default_hooks = {}
     checkpoint = config.default_hooks.setdefault("checkpoint", {"by_epoch": False, "interval": 500})
@@ -123,21 +163,25 @@ def _xtuner_argv(run: RunDirectory, details: dict[str, Any]) -> list[str]:
         argv += ["--seed", str(details["seed"])]
     if details.get("deepspeed"):
         argv += ["--deepspeed", str(run.path / "deepspeed.json")]
-        _write_deepspeed(run, details["deepspeed"])
-    # Where a run goes on in its own folder, attempt.json says from what; run.json never changes.
-    if resume := read_attempt(run).get("resume") or details.get("resume"):
+        _write_deepspeed(run, details)
+    if resume := resume_from(run, details):
         argv += ["--resume", resume]
     return argv
 
 
-def _write_deepspeed(run: RunDirectory, name: str) -> None:
-    """XTuner's own DeepSpeed config; on CPU in float32, because it would take the CPU for a GPU with float16."""
+def resume_from(run: RunDirectory, details: dict[str, Any]) -> str | None:
+    """Where a run goes on in its own folder, Slurm's batch file or attempt.json says from what; run.json never changes."""
+    resume = os.environ.get(RESUME_VARIABLE) or read_attempt(run).get("resume") or details.get("resume")
+    return str(resume) if resume else None
+
+
+def _write_deepspeed(run: RunDirectory, details: dict[str, Any]) -> None:
+    """The DeepSpeed config of the run; on CPU in float32, because XTuner would take the CPU for a GPU with float16."""
     import torch
-    from xtuner.configs import cfgs_name_path
 
-    from core.files import read_json
-
-    config = read_json(Path(cfgs_name_path[name]))
+    # Runs of older versions only name one of XTuner's own.
+    kept = details.get("deepspeed_config")
+    config = json.loads(kept["text"] if kept else deepspeed.xtuner_text(details["deepspeed"]))
     if not torch.cuda.is_available():
         config |= {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
         config["zero_optimization"]["overlap_comm"] = False
@@ -156,6 +200,14 @@ def join_group(details: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stand_alone() -> None:
+    """Without torchrun around it (one process needs none) this process is rank 0 of 1, on a port that is free now."""
+    if "RANK" in os.environ:
+        return
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def leave_group() -> None:

@@ -83,7 +83,7 @@ def test_a_guess_says_so_and_follows_the_arithmetic(trained: tuple[Project, Conf
     assert stock.seconds and fast.seconds and old.seconds  # noqa: PT018 - for the type checker
     assert stock.basis == "guess"
     assert fast.seconds[0] < stock.seconds[0] < stock.seconds[1]
-    assert old.seconds[0] / stock.seconds[0] == pytest.approx(989 / 65, rel=1e-6)
+    assert old.seconds[0] / stock.seconds[0] == pytest.approx(989.4 / 65, rel=1e-6)
     unknown = estimate_duration(project, source, context(source), card=None, is_fast=False)
     assert unknown is not None
     assert (unknown.basis, unknown.seconds) == ("unknown", None)

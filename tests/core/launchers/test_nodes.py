@@ -22,10 +22,12 @@ from core.launchers.nodes import (
     read_nodes,
 )
 from core.project import Project, open_project
+from core.runs.again import go_on
 from core.runs.control import has_stopped, request_stop
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.launch import launch, now_utc
 from core.runs.state import Phase, read_status
+from tests.core.runs.test_resume import write_checkpoint
 from tests.training import read_lines
 
 RANKS = Path(__file__).with_name("counting_ranks.py")
@@ -71,14 +73,20 @@ def start(project: Project, name: str, steps: int) -> tuple[RunDirectory, "subpr
     folder = project.train / name
     spec = RunSpec(
         id=name, kind="train", title=name, argv=local_argv(sys.executable, folder), cwd=str(project.root),
-        env=node_env(wish, is_local=True), created_at=now_utc(), stop_seconds=1.0,
+        env=node_env(wish, is_local=True), created_at=now_utc(), stop_seconds=60.0,
         details={"nodes": wish.to_json(), "program": [str(RANKS), str(folder), str(steps)]},
     )  # fmt: skip
+    folder.mkdir()
+    write_checkpoint(folder / "template.bin")
     run = launch(project.train, spec)
-    text = paste_command(spec, run.path, 1).replace(CABLE, OTHER_END)
-    with open(project.root / f"{name}.log", "wb") as log:
-        other = subprocess.Popen(["ip", "netns", "exec", SPACE, "bash", "-c", text], stdout=log, stderr=log)
-    return run, other
+    return run, paste(project, run)
+
+
+def paste(project: Project, run: RunDirectory) -> "subprocess.Popen[bytes]":
+    """What a person does on the other machine."""
+    text = paste_command(run.spec(), run.path, 1).replace(CABLE, OTHER_END)
+    with open(project.root / f"{run.id}.log", "ab") as log:
+        return subprocess.Popen(["ip", "netns", "exec", SPACE, "bash", "-c", text], stdout=log, stderr=log)
 
 
 def wait_until(is_true: Any, run: RunDirectory, seconds: float = 90.0) -> None:
@@ -91,7 +99,7 @@ def wait_until(is_true: Any, run: RunDirectory, seconds: float = 90.0) -> None:
 
 @pytest.mark.engine
 @pytest.mark.timeout(280)
-def test_two_nodes_train_together_and_a_cut_off_one_is_missed(project: Project, cable: str) -> None:
+def test_two_nodes_train_together_and_a_cut_off_one_is_missed_and_comes_back(project: Project, cable: str) -> None:
     whole, other = start(project, "whole", 5)
     wait_until(lambda: not read_status(whole).phase.is_active, whole)
     assert read_status(whole).phase is Phase.FINISHED, whole.log_file.read_text()
@@ -101,7 +109,7 @@ def test_two_nodes_train_together_and_a_cut_off_one_is_missed(project: Project, 
 
     run, other = start(project, "cut", 100_000)
     try:
-        wait_until(lambda: len(read_lines(run.metrics_file)) > 3, run)
+        wait_until(lambda: bool(list(run.path.glob("iter_*.pth"))), run)
         ip("link", "set", cable, "down")
         cut_at = time.monotonic()
         wait_until(lambda: not read_status(run).phase.is_active, run, seconds=node.SILENT_SECONDS + 40)
@@ -111,8 +119,22 @@ def test_two_nodes_train_together_and_a_cut_off_one_is_missed(project: Project, 
         assert (error["code"], error["params"]["rank"]) == ("nodes.lost", 1)
         assert next(each.state for each in read_nodes(run) if each.rank == 1) in ("lost", "ended")
         assert other.wait(node.SILENT_SECONDS + 30) != 0, "the other side notices too"
+        ip("link", "set", cable, "up")
+        last = read_lines(run.metrics_file)[-1]["iteration"]
+        saved = int(go_on(run).path.stem.removeprefix("iter_"))
+        assert last - 5 < saved <= last
+        other = paste(project, run)
+        wait_until(lambda: read_lines(run.metrics_file)[-1]["iteration"] > last + 1, run)
+        request_stop(run, "save")
+        wait_until(lambda: not read_status(run).phase.is_active, run)
+        assert (read_status(run).phase, other.wait(20)) == (Phase.STOPPED, 0)
+        again = [line for line in read_lines(run.metrics_file)[last:] if line["loss"] == 2.0]
+        assert [line["iteration"] for line in again] == list(range(saved + 1, saved + 1 + len(again)))
     finally:
         other.kill()
+        if read_status(run).phase.is_active:
+            request_stop(run, "cancel")
+            assert has_stopped(run, 30)
 
 
 def test_a_wait_for_nodes_can_be_cancelled(project: Project) -> None:

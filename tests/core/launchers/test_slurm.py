@@ -198,3 +198,20 @@ def test_the_batch_file_starts_torchrun_on_each_node(tmp_path: Path) -> None:
     assert "--nnodes 2 --node_rank $SLURM_NODEID --nproc_per_node 4" in text
     assert "CUDA_VISIBLE_DEVICES" not in text
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_a_job_that_was_started_again_goes_on_from_where_the_batch_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from core.xtuner.runtime.entry import resume_from
+
+    run, details = RunDirectory(tmp_path), {"resume": "/first.pth"}
+    assert resume_from(run, details) == "/first.pth"
+    run.attempt_file.write_text('{"resume": "/second.pth"}')
+    assert resume_from(run, details) == "/second.pth"
+    text = slurm.batch_text(SlurmWish(), "/py", tmp_path, tmp_path, name="x", is_local=True)
+    assert f'export {slurm.RESUME_VARIABLE}="$(/py -m core.launchers.newest' in text
+    monkeypatch.setenv(slurm.RESUME_VARIABLE, "/third.pth")
+    assert resume_from(run, details) == "/third.pth"
+    monkeypatch.setenv(slurm.RESUME_VARIABLE, "")
+    assert resume_from(run, details) == "/second.pth", "there was none yet: Slurm ended it before the first checkpoint"

@@ -1,12 +1,17 @@
 """Tokenised data is taken from the cache exactly when nothing that it was made of has changed."""
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from core.errors import InputError, MachineError
+from core.files import write_json
 from core.project import Project
+from core.runs.directory import RunDirectory
 from tests.models import write_tiny_llama
 from tests.training import make_project
 
@@ -120,3 +125,95 @@ def test_shards_loaded_side_by_side_are_the_same_weights(tmp_path: Path, monkeyp
     other = AutoModelForCausalLM.from_pretrained(folder)
     weights = other.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in one.state_dict().items())
+
+
+def ready(
+    place: tuple[Project, Path], details: dict[str, Any], tmp_path: Path, **options: Any
+) -> tuple[RunDirectory, list[Any]]:
+    """A run's folder and the data set of the config, which is made into `tmp_path`/kept by what `options` change."""
+    from core.xtuner.runtime.tokenised import use_cache
+
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    config = load(place[1])
+    for name, value in options.items():
+        config.train_dataloader.dataset[name] = value
+    return run, use_cache(config, details, tmp_path / "kept")
+
+
+def test_one_rank_makes_the_data_and_the_others_only_read_it(
+    place: tuple[Project, Path], details: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import xtuner.dataset
+    from xtuner.registry import BUILDER
+
+    from core.runs.job import Progress
+    from core.xtuner.runtime.tokenising import make_ready
+
+    run, datasets = ready(place, details, tmp_path)
+    seen: list[tuple[float, float | None]] = []
+    monkeypatch.setattr(Progress, "update", lambda _self, done, total, _message, **_unit: seen.append((done, total)))
+    waiting = threading.Thread(target=make_ready, args=(datasets, run), kwargs={"rank": 1, "world_size": 2, "seed": 42})
+    waiting.start()
+    make_ready(datasets, run, rank=0, world_size=2, seed=42)
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert (22, 22) in seen, "the rows of the file are counted"
+    # What XTuner's runner makes of the same config: it seeds, then builds.
+    options = {name: value for name, value in datasets[0].items() if name != "kept_in"}
+    np.random.seed(42)
+    expected = BUILDER.build({**options, "type": xtuner.dataset.process_hf_dataset})
+    monkeypatch.setattr(xtuner.dataset, "process_hf_dataset", None)
+    assert list(BUILDER.build(datasets[0])) == list(expected)
+    make_ready(datasets, run, rank=0, world_size=2, seed=42)
+
+
+def test_a_stop_while_tokenising_ends_every_rank_and_leaves_nothing(
+    place: tuple[Project, Path], details: dict[str, Any], tmp_path: Path
+) -> None:
+    from core.xtuner.runtime.tokenising import Stopped, make_ready
+
+    run, datasets = ready(place, details, tmp_path)
+    run.stop_file.write_text("{}")
+    for rank in (1, 0):
+        with pytest.raises(Stopped):
+            make_ready(datasets, run, rank=rank, world_size=2, seed=42)
+    assert not list(tmp_path.glob("kept/*"))
+    assert not run.progress_file.exists()
+
+
+def test_a_failure_is_said_by_every_rank(place: tuple[Project, Path], details: dict[str, Any], tmp_path: Path) -> None:
+    from core.xtuner.runtime.tokenising import make_ready
+
+    run, datasets = ready(place, details, tmp_path, dataset_map_fn=lambda row: {"conversation": row["gone"]})
+    with pytest.raises(InputError, match=r"train.tokenising_failed.*gone") as failed:
+        make_ready(datasets, run, rank=0, world_size=2, seed=42)
+    write_json(run.error_file, failed.value.to_json())
+    with pytest.raises(InputError, match=r"train.tokenising_failed.*gone"):
+        make_ready(datasets, run, rank=1, world_size=2, seed=42)
+
+
+def test_ranks_cannot_share_what_the_disk_has_no_room_for(
+    place: tuple[Project, Path], details: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from core.xtuner.runtime import tokenised, tokenising
+
+    run, datasets = ready(place, details, tmp_path)
+    monkeypatch.setattr(tokenising, "_make", lambda *_: "made")
+    monkeypatch.setattr(tokenised, "keep", lambda *_: OSError(28, "No space left on device"))
+    with pytest.raises(MachineError, match="tokenised_not_kept"):
+        tokenising.make_ready(datasets, run, rank=0, world_size=2, seed=42)
+    (tmp_path / "kept").mkdir()
+    tokenising.make_ready(datasets, run, rank=0, world_size=1, seed=42)
+    assert tokenised.build(**datasets[0]) == "made", "one process alone goes on with what it has"
+
+
+def test_joined_data_sets_are_kept_one_by_one(place: tuple[Project, Path], details: dict[str, Any]) -> None:
+    from core.xtuner.runtime.tokenised import use_cache
+
+    config = load(place[1])
+    one = config.train_dataloader.dataset.to_dict()
+    config.train_dataloader.dataset = {"type": "xtuner.dataset.ConcatDataset", "datasets": [one, copy.deepcopy(one)]}
+    first, second = use_cache(config, details, Path("/kept"))
+    assert first["kept_in"] != second["kept_in"]
+    assert config.train_dataloader.dataset["datasets"][1]["type"] == "core.xtuner.runtime.tokenised.build"
