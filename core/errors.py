@@ -36,7 +36,9 @@ class DanluError(Exception):
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "DanluError":
-        """Rebuild an error that a job wrote to its `error.json`."""
+        """Rebuild an error that a job wrote to its `error.json`. Raises TypeError, KeyError or ValueError for what is none."""
+        if not isinstance(value, Mapping):
+            raise TypeError(type(value).__name__)
         kind = {cls.__name__: cls for cls in _LEAVES}.get(str(value.get("type")), DanluError)
         return kind(str(value["code"]), **dict(value.get("params", {})))
 

@@ -11,17 +11,22 @@ from core.errors import ConflictError, InputError, MachineError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` atomically: a reader sees the old text or the new one, never a part. Raises MachineError on a full disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace `path` atomically: a reader sees the old text or the new one, never a part.
+
+    Raises MachineError on a full disk or in a folder that cannot be written; the old file is still there then, and nothing beside it.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         Path(temporary).replace(path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
         raise MachineError("files.cannot_write", path=str(path), reason=error.strerror or str(error)) from error
 
 
@@ -31,7 +36,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`. Raises InputError naming file, line and column when it is missing or broken."""
+    """The JSON in `path`. Raises InputError naming file, line and column when it is missing, broken or not to be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -42,6 +47,10 @@ def read_json(path: Path) -> Any:
         raise InputError(
             "files.broken_json", path=str(path), line=error.lineno, column=error.colno, reason=error.msg
         ) from error
+    except RecursionError as error:
+        raise InputError("files.broken_json", path=str(path), line=1, column=1, reason=str(error)) from error
+    except OSError as error:
+        raise InputError("files.unreadable", path=str(path), reason=error.strerror or str(error)) from error
 
 
 def free_path(path: Path) -> Path:

@@ -18,35 +18,52 @@ class GpuSensors:
     def __init__(self, library: Any = None) -> None:
         """`library`: something with the functions of `pynvml`, which is the default."""
         self._nvml: Any = None
-        self._handles: list[Any] = []
+        self._cards: list[Any] = []
+        """One for each card, without those that have fallen off the bus."""
+        self._usable: list[tuple[Any, Any]] = []
+        """What a process can use, and the card it lies on: the card itself, or its MIG slices."""
         self._events: Any = None
         nvml = library if library is not None else _pynvml()
         if nvml is None:
             return
         try:
             nvml.nvmlInit()
-            self._handles = [nvml.nvmlDeviceGetHandleByIndex(n) for n in range(nvml.nvmlDeviceGetCount())]
-            self._nvml = nvml
+            count = nvml.nvmlDeviceGetCount()
         except nvml.NVMLError:
-            self._handles = []
+            return
+        self._nvml = nvml
+        found = (self._ask(nvml.nvmlDeviceGetHandleByIndex, index) for index in range(count))
+        self._cards = [card for card in found if card is not None]
+        self._usable = [(part, card) for card in self._cards for part in (self._slices(card) or [card])]
 
     def read(self) -> list[dict[str, Any]]:
-        readings = [self._read(index, handle) for index, handle in enumerate(self._handles)]
-        for uuid, codes in self._take_xids().items():
-            for reading in readings:
-                if reading["uuid"] == uuid:
-                    reading["xids"] = codes
+        readings = [self._read(index, part) for index, (part, _) in enumerate(self._usable)]
+        xids = self._take_xids()
+        for reading, (_, card) in zip(readings, self._usable, strict=True):
+            if codes := xids.get(self._uuid(card) or ""):
+                reading["xids"] = codes
         return readings
+
+    def _slices(self, card: Any) -> list[Any]:
+        mode = self._ask(self._nvml.nvmlDeviceGetMigMode, card)
+        if not mode or not mode[0]:
+            return []
+        count = self._ask(self._nvml.nvmlDeviceGetMaxMigDeviceCount, card) or 0
+        found = (self._ask(self._nvml.nvmlDeviceGetMigDeviceHandleByIndex, card, index) for index in range(count))
+        return [part for part in found if part is not None]
+
+    def _uuid(self, handle: Any) -> str | None:
+        uuid = self._ask(self._nvml.nvmlDeviceGetUUID, handle)
+        return uuid.decode() if isinstance(uuid, bytes) else uuid
 
     def _read(self, index: int, handle: Any) -> dict[str, Any]:
         nvml = self._nvml
         memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
         rates = self._ask(nvml.nvmlDeviceGetUtilizationRates, handle)
         power = self._ask(nvml.nvmlDeviceGetPowerUsage, handle)
-        uuid = self._ask(nvml.nvmlDeviceGetUUID, handle)
         return {
             "index": index,
-            "uuid": uuid.decode() if isinstance(uuid, bytes) else uuid,
+            "uuid": self._uuid(handle),
             "utilization_percent": None if rates is None else rates.gpu,
             "memory_used_bytes": None if memory is None else memory.used,
             "memory_total_bytes": None if memory is None else memory.total,
@@ -67,10 +84,8 @@ class GpuSensors:
         if self._nvml is None:
             return
         self._events = self._ask(self._nvml.nvmlEventSetCreate)
-        for handle in self._handles if self._events is not None else []:
-            self._ask(
-                self._nvml.nvmlDeviceRegisterEvents, handle, self._nvml.nvmlEventTypeXidCriticalError, self._events
-            )
+        for card in self._cards if self._events is not None else []:
+            self._ask(self._nvml.nvmlDeviceRegisterEvents, card, self._nvml.nvmlEventTypeXidCriticalError, self._events)
 
     def _take_xids(self) -> dict[str, list[int]]:
         """UUID → codes that have come since the last call."""
@@ -79,9 +94,7 @@ class GpuSensors:
             event = self._ask(self._nvml.nvmlEventSetWait_v2, self._events, 0)  # a timeout is an NVMLError: None
             if event is None:
                 break
-            uuid = self._ask(self._nvml.nvmlDeviceGetUUID, event.device)
-            name = uuid.decode() if isinstance(uuid, bytes) else str(uuid)
-            found.setdefault(name, []).append(int(event.eventData))
+            found.setdefault(str(self._uuid(event.device)), []).append(int(event.eventData))
         return found
 
     def _ask(self, query: Callable[..., Any], *arguments: Any) -> Any:

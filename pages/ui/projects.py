@@ -8,6 +8,7 @@ import streamlit as st
 from core import settings as core_settings
 from core.errors import DanluError
 from core.project import Project, create_project, list_projects, open_project, remember_project
+from pages.ui.audit import note
 from pages.ui.text import show_error, t
 
 
@@ -48,13 +49,13 @@ def project_forms(place: str) -> None:
             t("shell.new_name"), value="ft", key=f"{place}_name", help=t("shell.new_name_help", home=str(home))
         )
         if st.form_submit_button(t("shell.create"), type="primary", key=f"{place}_create_button"):
-            _use(lambda: create_project(home, name.strip()).root)
+            _use("create", lambda: create_project(home, name.strip()).root)
     with st.form(f"{place}_open", border=False):
         folder = st.text_input(
             t("shell.open_folder"), placeholder="/root/ft", key=f"{place}_folder", help=t("shell.open_help")
         )
         if st.form_submit_button(t("shell.open"), key=f"{place}_open_button"):
-            _use(lambda: _open(home, folder.strip()))
+            _use("open", lambda: _open(home, folder.strip()))
 
 
 def _open(home: Path, folder: str) -> Path:
@@ -63,11 +64,12 @@ def _open(home: Path, folder: str) -> Path:
     return project.root
 
 
-def _use(make: Callable[[], Path]) -> None:
+def _use(action: str, make: Callable[[], Path]) -> None:
     try:
         root = make()
     except DanluError as error:
         show_error(error)
         return
     st.session_state["project_root"] = str(root)
+    note(action, str(root))
     st.rerun()

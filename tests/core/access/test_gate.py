@@ -9,7 +9,15 @@ import pytest
 
 from core.access.gate import COOKIE, LOGIN, LOGOUT, Gate
 from core.access.policy import Policy
-from core.access.sessions import FAILURES, IDLE_SECONDS, LONGEST_SECONDS, WINDOW_SECONDS, Failures, Sessions
+from core.access.sessions import (
+    FAILURES,
+    IDLE_SECONDS,
+    LONGEST_SECONDS,
+    WINDOW_SECONDS,
+    Failures,
+    Sessions,
+    session_name,
+)
 
 
 @dataclass
@@ -32,13 +40,13 @@ class Door:
 
     def __init__(self, policy: Policy) -> None:
         self.clock = Clock()
-        self.events: list[tuple[str, str]] = []
+        self.events: list[tuple[str, str, str]] = []
         self.gate = Gate(
             self._inside,
             policy,
             Sessions(self.clock),
             Failures(self.clock),
-            lambda action, address: self.events.append((action, address)),
+            lambda *event: self.events.append(event),
         )
 
     async def _inside(self, scope: Any, receive: Any, send: Any) -> None:
@@ -130,7 +138,10 @@ def test_a_token_lets_in_once_and_a_new_one_is_announced(door: Door, tokens: lis
     assert len(tokens) == 2
     assert door.log_in(tokens[0]).status == 403
     assert door.log_in(tokens[1], scheme="https").headers["set-cookie"].endswith("Secure")
-    assert door.events == [("login", "10.0.0.1"), ("login_failed", "10.0.0.1"), ("login", "10.0.0.1")]
+    first = session_name(session(answer).removeprefix(f"{COOKIE}="))
+    assert door.events[:2] == [("login", "10.0.0.1", first), ("login_failed", "10.0.0.1", "")]
+    assert door.events[2][0] == "login"
+    assert door.events[2][2] != first
 
 
 def test_a_forged_cookie_is_no_session(door: Door) -> None:

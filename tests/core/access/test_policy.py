@@ -77,3 +77,16 @@ def test_an_audit_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> No
     (tmp_path / ".danlu").write_text("a file where the folder should be")
     audit.record(tmp_path, "stop", target="run")
     assert (tmp_path / ".danlu").read_text() == "a file where the folder should be"
+
+
+def test_the_log_is_read_from_its_end_and_broken_lines_are_passed_over(tmp_path: Path) -> None:
+    assert audit.read(tmp_path) == []
+    audit.record(tmp_path, "start", who="ada@example.org", project="ft", target="train_1", address="10.0.0.1")
+    with open(tmp_path / audit.FILE, "ab") as stream:
+        stream.write(b'{"at": 1}\n[1]\nnull\n\xff\xfe\n{"half": ')
+    with open(tmp_path / audit.FILE, "ab") as stream:
+        stream.write(b"\n")
+    audit.record(tmp_path, "stop", target="train_1")
+    latest, first = audit.read(tmp_path)
+    assert (latest.action, latest.who, latest.target) == ("stop", "", "train_1")
+    assert (first.who, first.project, first.address) == ("ada@example.org", "ft", "10.0.0.1")
