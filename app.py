@@ -10,7 +10,6 @@ from streamlit.runtime.pages_manager import PagesManager
 
 from core.access.gate import Gate
 from pages.ui import door, projects, shell, sidebar
-from pages.ui.text import t
 
 if __name__ != "__main__":
     # Else Streamlit takes pages/ for the page table of an old multipage app until the first `st.navigation`, and answers a deep
@@ -18,18 +17,10 @@ if __name__ != "__main__":
     PagesManager.uses_pages_directory = False
     app = st.App(__file__, middleware=[Middleware(Gate, policy=door.policy(), on_event=door.record)])
 else:
-    st.set_page_config(page_title="Danlu 丹炉", page_icon="🔥", layout="wide", initial_sidebar_state="expanded")
+    st.set_page_config(page_title="Danlu 丹炉", page_icon="🔥", layout="wide", initial_sidebar_state="auto")
+    shell.set_contrast()
     sidebar.choose_language()
     projects.choose_project()
-    navigation = st.navigation(
-        {
-            t(f"shell.sections.{section}"): [
-                st.Page(shell.PAGES[name], title=t(f"shell.pages.{name}"), icon=shell.ICONS[name], url_path=name)
-                for name in names
-            ]
-            for section, names in shell.SECTIONS.items()
-        },
-        position="hidden",
-    )
+    navigation = st.navigation(shell.page_table(), position="hidden")
     sidebar.show()
     navigation.run()

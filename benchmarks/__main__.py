@@ -33,9 +33,9 @@ def names() -> list[str]:
     return sorted(file.stem for file in _FOLDER.glob("*.py") if file.stem not in _SKIP)
 
 
-def run(name: str) -> dict[str, Any]:
+def run(name: str, **options: float) -> dict[str, Any]:
     """Run one benchmark and return its line. Raises NoGpu if it needs a GPU and there is none."""
-    result: Result = importlib.import_module(f"benchmarks.{name}").run()
+    result: Result = importlib.import_module(f"benchmarks.{name}").run(**options)
     return {
         "name": name,
         "figures": result.figures,
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--cpu", action="store_true", help="run all that need no GPU and rewrite the tables in the READMEs"
     )
+    parser.add_argument("--minutes", type=float, help="how long `load` presses: a soak, if it is long")
     arguments = parser.parse_args(argv)
     if arguments.list:
         print("\n".join(f"{name}{'  (GPU)' if name in NEEDS_GPU else ''}" for name in names()))
@@ -69,10 +70,13 @@ def main(argv: list[str]) -> int:
     unknown = set(chosen) - set(names())
     if unknown or not chosen:
         parser.error(f"unknown benchmark: {', '.join(sorted(unknown))}" if unknown else "name a benchmark, or --list")
+    if arguments.minutes is not None and chosen != ["load"]:
+        parser.error("--minutes is for the benchmark `load` alone")
+    options = {} if arguments.minutes is None else {"minutes": arguments.minutes}
     lines = []
     for name in chosen:
         try:
-            lines.append(run(name))
+            lines.append(run(name, **options))
         except NoGpu as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 2

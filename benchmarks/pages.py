@@ -50,21 +50,20 @@ def write_project(root: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code, str(root)], cwd=_ROOT, check=True, capture_output=True)
     for number in range(_RUNS):
-        folder = root / "train" / f"run_{number}"
-        folder.mkdir(parents=True)
-        spec = {"id": folder.name, "kind": "train", "title": "tiny", "argv": [sys.executable], "cwd": str(root)}
-        spec["created_at"] = f"2025-01-0{number + 1}T00:00:00+00:00"
-        (folder / "run.json").write_text(json.dumps(spec), encoding="utf-8")
-        gone = {"pid": 1, "started_ticks": 0, "boot_id": ""}
-        state = {
-            "phase": "finished",
-            "supervisor": gone,
-            "process": gone,
-            "started_at": 1.7e9,
-            "ended_at": 1.7e9 + 1000,
-        }
-        (folder / "state.json").write_text(json.dumps({**state, "exit_code": 0}), encoding="utf-8")
-        write_steps(folder / "metrics.jsonl", 1, _STEPS, _STEPS)
+        write_finished_run(root, f"run_{number}", f"2025-01-0{number + 1}", _STEPS)
+
+
+def write_finished_run(root: Path, name: str, day: str, steps: int) -> None:
+    """A run of the project in `root` that has ended, with its metrics."""
+    folder = root / "train" / name
+    folder.mkdir(parents=True)
+    spec = {"id": name, "kind": "train", "title": "tiny", "argv": [sys.executable], "cwd": str(root)}
+    spec["created_at"] = f"{day}T00:00:00+00:00"
+    (folder / "run.json").write_text(json.dumps(spec), encoding="utf-8")
+    gone = {"pid": 1, "started_ticks": 0, "boot_id": ""}
+    state = {"phase": "finished", "supervisor": gone, "process": gone, "started_at": 1.7e9, "ended_at": 1.7e9 + 1000}
+    (folder / "state.json").write_text(json.dumps({**state, "exit_code": 0}), encoding="utf-8")
+    write_steps(folder / "metrics.jsonl", 1, steps, steps)
 
 
 def _starts(home: str) -> dict[str, float]:
@@ -86,11 +85,11 @@ def _starts(home: str) -> dict[str, float]:
 
 def _seconds_to_first_page(home: str, page: Any) -> float:
     """A new server, and `page` of a browser that is open already, until title and links are there."""
-    port = _free_port()
+    port = free_port()
     started = time.perf_counter()
-    server = _serve(home, port)
+    server = serve(home, port)
     try:
-        _wait_until_it_listens(port)
+        wait_until_it_listens(port)
         page.goto(f"http://127.0.0.1:{port}/")
         page.locator('section[data-testid="stSidebar"] a').first.click(trial=True)
         page.locator("h1").first.wait_for()
@@ -100,7 +99,7 @@ def _seconds_to_first_page(home: str, page: Any) -> float:
         server.wait()
 
 
-def _serve(home: str, port: int) -> "subprocess.Popen[bytes]":
+def serve(home: str, port: int) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port)],
         cwd=_ROOT,
@@ -112,7 +111,7 @@ def _serve(home: str, port: int) -> "subprocess.Popen[bytes]":
     )
 
 
-def _wait_until_it_listens(port: int) -> None:
+def wait_until_it_listens(port: int) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -125,7 +124,7 @@ def _wait_until_it_listens(port: int) -> None:
             return
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

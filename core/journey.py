@@ -1,8 +1,9 @@
 """Which steps of the journey a project has behind it, read from the disk each time. Knows the folders, not what made them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
+from typing import Final
 
 from core.data.library import SUFFIXES
 from core.environment.doctor import last_report
@@ -10,6 +11,9 @@ from core.environment.report import Status
 from core.project import Project
 from core.runs.jobs import list_runs
 from core.runs.state import Phase, read_status
+
+STEPS: Final = ("environment", "model", "dataset", "config", "launch", "monitor", "export", "chat")
+"""The journey in its order, by page names."""
 
 
 class StepState(StrEnum):
@@ -37,6 +41,11 @@ def steps(project: Project | None) -> dict[str, StepState]:
         "export": _done(_has_model(project.final_model)),
         "chat": _done(any(project.chat.glob("*.json"))),
     }
+
+
+def next_step(states: Mapping[str, StepState]) -> str | None:
+    """The first step that is not done; none at the end of the journey."""
+    return next((step for step in STEPS if states.get(step) is not StepState.DONE), None)
 
 
 def _has_model(folder: Path) -> bool:

@@ -4,60 +4,62 @@ from typing import Final
 
 import streamlit as st
 
-from core.project import Project
-from pages.ui.projects import current_project, project_forms, settings
-from pages.ui.text import t
+from core.errors import DanluError
+from core.project import Project, read_mark
+from pages.ui.guide import chapter_button
+from pages.ui.page_table import GUIDE, ICONS, PAGES, SECTIONS
+from pages.ui.projects import current_project, settings
+from pages.ui.text import show_error, t
+from pages.ui.tour import show_hint
+from pages.ui.welcome import welcome
 
 __all__ = ["ICONS", "PAGES", "SECTIONS", "current_project", "missing", "page_header", "require_project", "settings"]
 
-PAGES: Final = {
-    "environment": "pages/prepare/environment.py",
-    "model": "pages/prepare/model.py",
-    "dataset": "pages/prepare/dataset.py",
-    "config": "pages/prepare/config.py",
-    "launch": "pages/train/launch.py",
-    "monitor": "pages/train/monitor.py",
-    "runs": "pages/train/runs.py",
-    "export": "pages/deliver/export.py",
-    "chat": "pages/deliver/chat.py",
-}
-"""Page name → script. The name is the URL, the key of its words and the prefix of its widget keys."""
-ICONS: Final = {
-    "environment": ":material/health_and_safety:",
-    "model": ":material/deployed_code:",
-    "dataset": ":material/dataset:",
-    "config": ":material/tune:",
-    "launch": ":material/rocket_launch:",
-    "monitor": ":material/monitoring:",
-    "runs": ":material/history:",
-    "export": ":material/merge:",
-    "chat": ":material/forum:",
-}
-SECTIONS: Final = {
-    "prepare": ("environment", "model", "dataset", "config"),
-    "train": ("launch", "monitor", "runs"),
-    "deliver": ("export", "chat"),
-}
+
+_CONTRAST: Final = "<style>[data-testid^='stBaseButton-primary'] { color: light-dark(#FFFFFF, #1C1917); }</style>"
+"""Streamlit writes white on the primary colour, in the dark theme too, where that colour must be bright to be read as text.
+No colour gives 4.5 : 1 both ways, and the theme has no option for it."""
+
+
+def set_contrast() -> None:
+    """What the theme cannot say, so that every label keeps the contrast of WCAG AA."""
+    st.html(_CONTRAST)
+
+
+def page_table() -> dict[str, list[st.Page]]:
+    """Pages for the router. Streamlit gives the default page no path of its own, so that it is there twice: `/` and `/start`."""
+    sections = {
+        t(f"shell.sections.{section}"): [
+            st.Page(PAGES[name], title=t(f"shell.pages.{name}"), icon=ICONS[name], url_path=name) for name in names
+        ]
+        for section, names in SECTIONS.items()
+    }
+    home = st.Page(PAGES["start"], title=t("shell.pages.start"), icon=ICONS["start"], url_path="", default=True)
+    guide = st.Page(GUIDE, title=t("start.guide.title"), icon=":material/menu_book:", url_path="guide")
+    return {"": [home, guide], **sections}
 
 
 def require_project() -> Project:
-    """The project in use; without one, the page welcomes, asks for one and ends here."""
+    """The project in use; without one, the page welcomes, asks for one and ends here. One of a newer app is refused in words."""
     project = current_project()
     if project is None:
-        st.title(t("shell.welcome"))
-        st.markdown(t("shell.welcome_text"))
-        left, _ = st.columns([3, 2])
-        with left, st.container(border=True):
-            st.markdown(t("shell.no_project"))
-            project_forms("welcome")
+        welcome()
+        st.stop()
+    try:
+        read_mark(project)
+    except DanluError as error:
+        show_error(error)
         st.stop()
     return project
 
 
 def page_header(name: str) -> None:
-    """Title of the page and one line on what it is for."""
-    st.title(t(f"shell.pages.{name}"))
+    """Title of the page, one line on what it is for, its chapter of the guide, and the tour's hint where a tour is on."""
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", gap="small"):
+        st.title(t(f"shell.pages.{name}"), width="content")
+        chapter_button(name)
     st.caption(t(f"{name}.intro"))
+    show_hint(name, current_project())
 
 
 def missing(text: str, page: str) -> None:

@@ -8,6 +8,7 @@ import streamlit as st
 from core.i18n import LANGUAGE_NAMES, LANGUAGES
 from core.journey import StepState, steps
 from pages.ui import shell
+from pages.ui.page_table import GUIDE
 from pages.ui.projects import current_project, project_forms, projects
 from pages.ui.text import language, t
 
@@ -28,6 +29,7 @@ def show() -> None:
     with st.sidebar:
         _project_row()
         _step_links()
+        st.page_link(GUIDE, label=t("start.guide.title"), icon=":material/menu_book:", width="stretch")
         st.segmented_control(
             t("shell.language"),
             LANGUAGES,
@@ -62,7 +64,8 @@ def _project_row() -> None:
 def _step_links() -> None:
     done = steps(current_project())
     for section, names in shell.SECTIONS.items():
-        st.caption(t(f"shell.sections.{section}"))
+        if len(names) > 1:
+            st.caption(t(f"shell.sections.{section}"))
         with st.container(gap="xxsmall"):
             for name in names:
                 label = f"{t(f'shell.pages.{name}')}{_MARKS[done.get(name, StepState.OPEN)]}"

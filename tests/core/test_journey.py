@@ -8,7 +8,7 @@ import pytest
 from core.environment.doctor import report_file
 from core.environment.report import Line, Report, Status
 from core.files import write_json, write_text
-from core.journey import StepState, steps
+from core.journey import STEPS, StepState, next_step, steps
 from core.messages import message
 from core.project import Project, open_project
 from core.runs.launch import now_utc
@@ -70,3 +70,10 @@ def test_a_config_is_a_python_file(project: Project) -> None:
 def test_a_run_made_by_hand_with_xtuner_counts(project: Project) -> None:
     write_text(project.root / "train_deepspeed/20240101_000000/vis_data/scalars.json", '{"loss": 1.0, "step": 1}\n')
     assert "launch" in done(project)
+
+
+def test_the_next_step_is_the_first_that_is_not_done() -> None:
+    states = dict.fromkeys(STEPS, StepState.DONE)
+    assert next_step(states) is None
+    assert next_step({}) == STEPS[0]
+    assert next_step(states | {"monitor": StepState.ACTIVE, "chat": StepState.OPEN}) == "monitor"

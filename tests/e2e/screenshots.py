@@ -73,8 +73,10 @@ def _compare_runs(screen: Screen) -> None:
 
 
 def _open_conversation(screen: Screen) -> None:
-    """A page with a chat box is scrolled to its end; the picture begins at its title."""
+    """A page with a chat box is scrolled to its end; the picture begins at its title. A project may have no conversation yet."""
     conversation = screen.page.locator("[class*='st-key-chat_open_']").first
+    if not conversation.count():
+        return
     screen.page.get_by_test_id("stExpander").filter(has=conversation).click()
     conversation.locator("button").click()
     screen.settle()

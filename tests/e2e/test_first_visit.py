@@ -17,6 +17,13 @@ def test_a_bookmark_opens_its_page(screen: Screen):
     assert "/monitor" in screen.page.url
 
 
+def test_the_first_page_has_a_path_of_its_own_too(screen: Screen):
+    """Streamlit serves the default page at `/` only; whoever types a page's name must not be told that it is not there."""
+    for name in ("start", "environment", "guide"):
+        screen.open(name, lang="en")
+        expect(screen.page.locator("h1").first).to_be_visible()
+
+
 def test_the_language_is_the_browsers_until_it_is_chosen(browser: Browser, server: Server):
     context = browser.new_context(viewport={"width": 1280, "height": 720}, locale="zh-CN")
     screen = Screen(context.new_page(), server)

@@ -45,6 +45,8 @@ def make_project(screen: Screen) -> Project:
     screen.see("Welcome to Danlu")
     screen.shot("journey_01_welcome")
     screen.click("welcome_create_button")
+    screen.see("Go on: Environment")
+    screen.go("environment")
     screen.see("Not checked yet")
     return Project(screen.server.home / "ft")
 
@@ -122,7 +124,7 @@ def edit_config(screen: Screen) -> None:
 
 def launch(screen: Screen, project: Project) -> None:
     screen.go("launch")
-    screen.see("The exact command")
+    screen.see("Start training")
     screen.shot("journey_10_launch")
     screen.fill("launch_name", "first")
     screen.click("launch_start")
@@ -156,13 +158,32 @@ def stop_and_resume(screen: Screen, project: Project) -> None:
     screen.fill("launch_name", "second")
     screen.shot("journey_13_resume")
     screen.click("launch_start")
+    screen.see("Gradient norm", seconds=300)
+    listen(screen)
     screen.see("Finished", seconds=400)
+    screen.page.wait_for_function("window.told.includes('second: Finished')")
     screen.shot("journey_14_finished")
     run = next(run for run in list_runs(project) if run.id == "second")
     assert read_status(run).phase is Phase.FINISHED
     metrics = MetricsReader(run.metrics_file).refresh()
     assert metrics["iteration"][0] == done + 1
     assert metrics["iteration"][-1] == metrics.last("total_iterations")
+
+
+def listen(screen: Screen) -> None:
+    """Ask for notices of the browser with a click, note what they say, and let the page believe that it is not in front."""
+    screen.page.context.grant_permissions(["notifications"], origin=screen.server.url)
+    screen.key("monitor_notices").locator("button").click()
+    screen.page.evaluate(
+        """() => {
+            const Real = window.Notification;
+            window.told = [];
+            window.Notification = class extends Real {
+                constructor(title, options) { super(title, options); window.told.push(title); }
+            };
+            Object.defineProperty(document, "hidden", { get: () => true });
+        }"""
+    )
 
 
 def export(screen: Screen, project: Project) -> None:

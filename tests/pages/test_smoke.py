@@ -2,6 +2,7 @@
 
 import pytest
 
+from core.journey import STEPS
 from core.project import Project
 from pages.ui.shell import PAGES
 from tests.pages.conftest import Visit, links
@@ -19,6 +20,8 @@ def test_every_page_opens(stages: dict[str, Project], visit: Visit, page: str, s
     app = visit(stages[stage], page, language)
     assert app.title[0].value
     assert app.caption, "a page says in one line what it is for"
+    (guide,) = app.get("link_button")[:1]
+    assert guide.proto.url == f"guide?lang={language}", "its chapter is a click away"
     assert not app.error or stage == "half", [error.value for error in app.error]
 
 
@@ -65,12 +68,11 @@ def test_the_sidebar_marks_what_is_done(stages: dict[str, Project], visit: Visit
 
     def done(stage: str) -> set[str]:
         app = visit(stages[stage], "environment")
-        marked = (link.proto.page for link in app.sidebar.get("page_link") if link.proto.label.endswith("✓"))
-        return {page or "environment" for page in marked}  # the first page has no path of its own
+        return {link.proto.page for link in app.sidebar.get("page_link") if link.proto.label.endswith("✓")}
 
     assert done("empty") == set()
     assert done("half") == {"model", "dataset", "config", "launch"}
-    assert done("finished") == set(PAGES) - {"runs"}
+    assert done("finished") == set(STEPS)
 
 
 @pytest.mark.parametrize("view", ["curves", "hardware", "samples", "log", "details"])
