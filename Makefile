@@ -23,8 +23,10 @@ lint: setup-dev
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy
 
+# Two at a time, a file's tests together; the browser has the machine for itself.
 test: lint
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest --ignore tests/e2e -n 2 --dist loadfile
+	$(VENV)/python -m pytest tests/e2e
 
 demo: setup
 	$(VENV)/python -m core.demo

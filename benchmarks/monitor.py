@@ -1,9 +1,13 @@
-"""The live page on the largest runs: a million steps, and a day of eight GPUs, opened and refreshed; and what goes to the browser."""
+"""The live page on the largest runs: a million steps, and a day of eight GPUs, opened and refreshed; what goes to the browser; and
+what the supervisor takes while it watches a run that writes ten steps a second.
+"""
 
 import json
 import math
+import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result import Result
+from core.files import read_json
+from core.runs.directory import RunDirectory, RunSpec
 
 STEPS = 1_000_000
 GPUS = 8
 DAY_SECONDS = 24 * 3600
 _REFRESHES = 10
+_WATCHED_SECONDS = 30
 
 
 def run() -> Result:
@@ -24,6 +31,7 @@ def run() -> Result:
             **_metrics(Path(folder)),
             **_machine(Path(folder)),
             **_page(Path(folder)),
+            **_watching(Path(folder)),
         }
     return Result(
         figures,
@@ -34,6 +42,8 @@ def run() -> Result:
             "refresh_day_of_8_gpus_milliseconds": ("<", 50.0),
             "curves_to_browser_kilobytes": ("<", 200.0),
             "hardware_to_browser_kilobytes": ("<", 200.0),
+            "supervisor_cpu_seconds_per_minute": ("<", 0.6),
+            "supervisor_peak_megabytes": ("<", 40.0),
         },
     )
 
@@ -149,7 +159,6 @@ def _machine(folder: Path) -> dict[str, float]:
 
 def _page(folder: Path) -> dict[str, float]:
     """Bytes of every chart that one refresh of a view sends, from the page's own code."""
-    from core.runs.directory import RunDirectory
     from core.runs.machine import MachineReader
     from core.runs.metrics import MetricsReader
     from pages.ui import charts
@@ -166,6 +175,42 @@ def _page(folder: Path) -> dict[str, float]:
         "curves_drawn_milliseconds": round(curves_seconds * 1000, 1),
         "hardware_to_browser_kilobytes": round(hardware / 1000, 1),
         "hardware_drawn_milliseconds": round(hardware_seconds * 1000, 1),
+    }
+
+
+def _watching(folder: Path) -> dict[str, float]:
+    """CPU time and memory of a supervisor with its sampler and its watch over the health, from /proc."""
+    import psutil
+
+    from core.runs.devices import FOLDER_VARIABLE
+    from core.runs.launch import launch, now_utc
+    from core.runs.state import read_status
+
+    line = json.dumps(
+        {"iteration": 1, "total_iterations": 9999, "loss": 2.0, "lr": 1e-4, "tokens": 64, "step_seconds": 0.1}
+    )
+    write = f"print({line!r}, file=open('metrics.jsonl', 'a'))"
+    trainer = f"import time\nfor _ in range({10 * (_WATCHED_SECONDS + 5)}):\n {write}\n time.sleep(0.1)"
+    run = RunDirectory(folder / "watched")
+    spec = RunSpec(
+        id="watched", kind="train", title="watched", argv=[sys.executable, "-S", "-c", trainer], cwd=str(run.path), env={},
+        gpus=[], created_at=now_utc(), stop_seconds=1.0, details={},
+    )  # fmt: skip
+    run.path.mkdir()
+    os.environ[FOLDER_VARIABLE] = str(folder / "devices")  # waits for no other run of this machine
+    launch(folder, spec)
+    supervisor = psutil.Process(read_json(run.state_file)["supervisor"]["pid"])
+    time.sleep(2)  # its own imports are no watching
+    before, begun = supervisor.cpu_times(), time.monotonic()
+    time.sleep(_WATCHED_SECONDS)
+    after, minutes = supervisor.cpu_times(), (time.monotonic() - begun) / 60
+    status_file = Path(f"/proc/{supervisor.pid}/status")
+    peak = next(line for line in status_file.read_text().splitlines() if line.startswith("VmHWM"))
+    while read_status(run).phase.is_active:
+        time.sleep(0.2)
+    return {
+        "supervisor_cpu_seconds_per_minute": round((sum(after[:2]) - sum(before[:2])) / minutes, 3),
+        "supervisor_peak_megabytes": round(int(peak.split()[1]) / 1024, 1),
     }
 
 

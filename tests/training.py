@@ -9,11 +9,13 @@ from typing import Any
 from core.config.facts import Machine, read_data, read_model
 from core.config.presets import Wishes, make
 from core.config.source import ConfigSource
+from core.config.validation import set_validation
 from core.models.remote_code import allow
 from core.project import Project, open_project
 from core.runs.directory import RunDirectory
 from core.runs.state import RunStatus, read_status
 from core.runs.train import TrainRequest, start_training
+from core.runs.validation import read_validation
 
 ROWS = 22
 """At 64 tokens a sample: a dozen iterations an epoch."""
@@ -53,6 +55,16 @@ def make_project(root: Path, write_model: Any, *, method: str = "lora", **edits:
     return project, config
 
 
+def validate_on(project: Project, config: Path, rows: int = 7, **settings: Any) -> Path:
+    """Let the config validate on rows of its own; `settings` are variables of the config. Returns the rows' file."""
+    file = write_rows(project.data / "held_out.jsonl", rows)
+    source = set_validation(ConfigSource(config.read_text(encoding="utf-8")), read_data(file))
+    for name, value in settings.items():
+        source = source.set(name, value)
+    config.write_text(source.text, encoding="utf-8")
+    return file
+
+
 @dataclass
 class Trained:
     """A run that has ended."""
@@ -68,6 +80,10 @@ class Trained:
     @property
     def losses(self) -> dict[int, float]:
         return {line["iteration"]: line["loss"] for line in self.lines}
+
+    @property
+    def validations(self) -> dict[int, float]:
+        return dict(read_validation(self.run))
 
     @property
     def samples(self) -> list[dict[str, Any]]:

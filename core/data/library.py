@@ -18,7 +18,7 @@ from core.data.formats import Detection, Format, dataset_map_fn_for, detect, has
 from core.data.generate import write_new
 from core.data.reader import Layout, Row, read_rows, sample_rows, sniff
 from core.data.validate import file_sha256, validate
-from core.errors import DanluError, InputError
+from core.errors import DanluError, InputError, MachineError
 from core.files import free_path, read_json, require_space, within, write_json
 from core.i18n import Catalog
 from core.messages import Message, message
@@ -99,7 +99,7 @@ def describe(project: Project, path: Path) -> Dataset:
     if stored is not None:
         return Dataset(
             path,
-            Layout(stored["layout"]),
+            stored["layout"],
             stored["report"].detection,
             status.st_size,
             status.st_mtime_ns,
@@ -145,9 +145,12 @@ def data_sha256(project: Project, path: Path) -> str:
 
 
 def manifest(project: Project, path: Path) -> dict[str, Any] | None:
-    """Where a data set that the app made came from."""
-    file = manifest_path(project, path)
-    return dict(read_json(file)) if file.is_file() else None
+    """Where a data set that the app made came from; None for another one, or if that cannot be read."""
+    try:
+        value = read_json(manifest_path(project, path))
+    except DanluError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,8 @@ def copy_file(project: str, source: str, progress: Progress) -> dict[str, Any]:
                 progress.update(writer.tell(), size, message("data.progress.copy"), unit="bytes")
         path = free_path(target)
         path.hardlink_to(temporary)
+    except OSError as error:
+        raise MachineError("files.cannot_write", path=str(target), reason=error.strerror or str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
     return {"path": str(path)}
@@ -279,6 +284,6 @@ def _stored(project: Project, path: Path) -> dict[str, Any] | None:
         value = read_json(file)
         if (value["size_bytes"], value["modified_ns"]) != (status.st_size, status.st_mtime_ns):
             return None
-        return {"layout": value["layout"], "report": Report.from_json(value["report"])}
+        return {"layout": Layout(value["layout"]), "report": Report.from_json(value["report"])}
     except (DanluError, KeyError, TypeError, ValueError):
         return None

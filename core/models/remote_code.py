@@ -74,4 +74,5 @@ def _optional(file: Path) -> dict[str, Any]:
 def _allowed(project: Project) -> dict[str, list[str]]:
     file = project.private / _FILE
     value: Any = read_json(file) if file.is_file() else {}
-    return value if isinstance(value, dict) else {}
+    known = value.items() if isinstance(value, dict) else ()
+    return {key: hashes for key, hashes in known if isinstance(hashes, list)}

@@ -42,6 +42,7 @@ def go_on(run: RunDirectory) -> CheckpointCard:
         raise ConflictError("runs.still_running", run=run.id)
     if not run.spec_file.exists():
         raise ConflictError("runs.not_ours", run=run.id)
+    _require_own(run)
     if status.phase is Phase.FINISHED:
         raise ConflictError("runs.complete", run=run.id)
     card = resume_point(run)
@@ -64,6 +65,7 @@ def go_on(run: RunDirectory) -> CheckpointCard:
 def retry(project: Project, run: RunDirectory) -> RunDirectory:
     """The same run once more from its beginning, in a new folder. Raises InputError if run.json or the config's copy is lost."""
     spec = run.spec()
+    _require_own(run)
     if not run.source.is_dir():
         raise InputError("files.missing", path=str(run.source))
     again = RunDirectory(project.train / new_id(spec.kind, project.train))
@@ -83,6 +85,12 @@ def retry(project: Project, run: RunDirectory) -> RunDirectory:
             json.dumps(details["slurm"], ensure_ascii=False).replace(str(run.path), str(again.path))
         )
     return launch(project.train, replace(spec, id=again.id, argv=argv, created_at=now_utc(), details=details))
+
+
+def _require_own(run: RunDirectory) -> None:
+    """The command in the run.json of somebody else's archive is not started."""
+    if run.imported_file.exists():
+        raise ConflictError("runs.imported", run=run.id)
 
 
 def _is_spoilt(card: CheckpointCard, alert: Alert) -> bool:

@@ -113,7 +113,7 @@ def _measure(
         folder = Path(name)
         asked = {
             "config": str(config), "setting": asdict(setting), "seconds": _SETTING_SECONDS,
-            "model_type": _model_type(project, source),
+            "model_type": _model_type(project, source), "model": str(model_folder(project, source)),
         }  # fmt: skip
         write_json(folder / "trial.json", asked)
         environment = training_env(gpus=[gpu] if gpu else [], world_size=1, is_local=True)

@@ -6,6 +6,7 @@ from pathlib import PurePath
 from typing import Any, Final
 
 from core.config.fields import fill, shown
+from core.config.json_places import read_object
 from core.config.source import ConfigSource
 from core.errors import DanluError
 from core.runs.directory import RunDirectory, RunSpec
@@ -79,9 +80,27 @@ def _of_spec(spec: RunSpec) -> Iterator[tuple[tuple[str, str], str | None]]:
     for name in _DETAILS:
         if name in details:
             yield ("start", name), _said(details[name])
+    for path, value in _of_deepspeed(details.get("deepspeed_config")):
+        yield ("start", f"DeepSpeed {path}"), value
     yield ("start", "gpus"), _said(len(spec.gpus))
     for name, version in (details.get("versions") or {}).items():
         yield ("versions", name), str(version)
+
+
+def _of_deepspeed(kept: Mapping[str, Any] | None) -> Iterator[tuple[str, str | None]]:
+    """Every value of a run's DeepSpeed JSON by its path; nothing of one that is broken."""
+    if not kept:
+        return
+    try:
+        json = read_object(str(kept["text"]))
+    except (DanluError, KeyError):
+        return
+    for path in json.places:
+        value: Any = json.values
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping):
+            yield path, _said(value)
 
 
 def _said(value: Any) -> str | None:

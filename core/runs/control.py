@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,8 +79,11 @@ def restore(entry: TrashEntry) -> RunDirectory:
 
 
 def list_trash(project: Project) -> list[TrashEntry]:
-    """Deleted runs, the latest first."""
-    entries = [_entry(file.parent) for file in _trash(project).glob(f"*/{_ORIGIN_FILE}")]
+    """Deleted runs, the latest first; one whose origin cannot be read stays where it is and is not listed."""
+    entries = []
+    for file in _trash(project).glob(f"*/{_ORIGIN_FILE}"):
+        with suppress(InputError):
+            entries.append(_entry(file.parent))
     return sorted(entries, key=lambda entry: entry.deleted_at, reverse=True)
 
 
@@ -89,9 +93,10 @@ def _trash(project: Project) -> Path:
 
 def _entry(path: Path) -> TrashEntry:
     value = read_json(path / _ORIGIN_FILE)
-    if not isinstance(value, dict) or "origin" not in value:
-        raise InputError("runs.broken_trash", path=str(path))
-    return TrashEntry(path, Path(value["origin"]), float(value.get("deleted_at", 0.0)))
+    try:
+        return TrashEntry(path, Path(value["origin"]), float(value.get("deleted_at", 0.0)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError("runs.broken_trash", path=str(path)) from error
 
 
 def _write_request(run: RunDirectory, mode: StopMode, supervisor_pid: int | None) -> None:

@@ -6,7 +6,8 @@
     metrics.jsonl   one line a micro-step, written by the trainer's hook
     gpu.jsonl       one line a sample, written by the supervisor
     samples.jsonl   sample answers, one line each
-    validation.jsonl  validation loss, one line each: {"iteration", "loss", "at"}
+    validation.jsonl  two lines a validation: {"iteration", "begun_at"}, then {"iteration", "loss", "tokens", "seconds", "is_best",
+                    "waited", "patience", "ends", "at"}
     progress.json   done / total / message of a job (tmp file + rename)
     result.json     what a job returned;  error.json  the DanluError it ended with
     stop.request    intent of a person: {"mode": "save" | "cancel", "at": …}
@@ -14,6 +15,7 @@
     alerts.json     what the supervisor finds wrong with the training (`core.runs.health`)
     watch.json      what it does about it: {"stop_on": […], "webhook": …}
     notes.json      tags and a note of a person
+    imported.json   it came with an archive (`core.archive`): to look at, never to start
     source/         the run's own copy of the config source, never edited
     …               XTuner's own files (iter_N.pth, last_checkpoint, <timestamp>/vis_data/…)
 
@@ -27,6 +29,7 @@ from typing import Any, Final, Self
 
 from core.errors import InputError
 from core.files import read_json
+from core.schema import upgraded, version_of
 
 SCHEMA_VERSION: Final = 1
 
@@ -61,8 +64,19 @@ class RunSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Raises TypeError if a field is missing or is no such thing."""
         known = {key: value[key] for key in cls.__dataclass_fields__ if key in value}
-        return cls(**known)
+        spec = cls(**known)
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(spec, name), kind):
+                raise TypeError(f"{name}: {type(getattr(spec, name)).__name__}")
+        return spec
+
+
+_KINDS: Final[dict[str, Any]] = {
+    "id": str, "kind": str, "title": str, "argv": list, "cwd": str, "env": dict, "gpus": list, "created_at": str,
+    "stop_seconds": int | float, "details": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +150,10 @@ class RunDirectory:
         return self.path / "notes.json"
 
     @property
+    def imported_file(self) -> Path:
+        return self.path / "imported.json"
+
+    @property
     def supervisor_lock(self) -> Path:
         """Held by the run's one supervisor as long as it lives."""
         return self.path / ".supervisor.lock"
@@ -147,10 +165,10 @@ class RunDirectory:
     def spec(self) -> RunSpec:
         """What run.json says. Raises InputError if it is missing, broken or from a newer app."""
         value = read_json(self.spec_file)
+        if (version_of(value) or 0) > SCHEMA_VERSION:
+            raise InputError("runs.newer_spec", path=str(self.spec_file), version=version_of(value))
+        value = upgraded(value, self.spec_file, SCHEMA_VERSION, {0: dict})  # in memory: nothing changes a run.json
         try:
-            spec = RunSpec.from_json(value)
+            return RunSpec.from_json(value)
         except TypeError as error:
             raise InputError("runs.broken_spec", path=str(self.spec_file), reason=str(error)) from error
-        if spec.schema_version > SCHEMA_VERSION:
-            raise InputError("runs.newer_spec", path=str(self.spec_file), version=spec.schema_version)
-        return spec

@@ -32,7 +32,7 @@ class Failure:
 # The order is that of certainty: what can be a consequence of something above stands below it.
 _SIGNS: Final[Sequence[tuple[str, str]]] = (
     ("cuda_oom", r"CUDA out of memory|torch\.(?:cuda\.)?OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"),
-    ("disk_full", r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed"),
+    ("disk_full", r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed|unexpected pos \d+ vs"),
     ("weights_only", r"Weights only load failed|weights_only.*(?:UnpicklingError|Unpickl)|UnpicklingError.*[Ww]eights"),
     ("world_size", r"world size.{0,80}(?:mismatch|different|changed)|(?:DP|data parallel) world size|dp world size"),
     ("port_in_use", r"EADDRINUSE|[Aa]ddress already in use"),
@@ -93,7 +93,7 @@ def explain_lines(lines: list[str], status: RunStatus) -> Failure:
 def _explained_by_job(run: RunDirectory) -> Failure | None:
     try:
         error = DanluError.from_json(read_json(run.error_file))
-    except (DanluError, KeyError, TypeError):
+    except (DanluError, KeyError, TypeError, ValueError):
         return None
     return Failure("explained", error.what, error.next, [])
 

@@ -76,6 +76,10 @@ class Health:
             finding = Finding("error", {"free_gib": gib(free_bytes), "needed_gib": gib(needed_bytes)})
         self._settle("disk", "", finding, now)
 
+    def see_validation(self, clock: float) -> None:
+        """It is validating: no step is due."""
+        self._stall.wait(clock)
+
     def see_time(self, now: float, clock: float) -> None:
         """Nothing has come for a while, perhaps."""
         self._settle("stalled", "", self._stall.look(clock), now)

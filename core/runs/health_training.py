@@ -96,6 +96,10 @@ class Stall:
             self._pause = max(self._pause, min(clock - self._last, self._longest_pause_seconds))
         self._last = clock
 
+    def wait(self, clock: float) -> None:
+        """No step can be expected before this moment."""
+        self._last = clock if self._last is not None else None
+
     def look(self, clock: float) -> Finding | None:
         """Monotonic seconds: a clock that is set back or forward stalls nothing."""
         if self._last is None:

@@ -1,9 +1,11 @@
 """Makes a run directory and starts its supervisor, detached. Knows no engine: the spec's argv says what runs."""
 
+import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +28,16 @@ def new_id(kind: str, parent: Path) -> str:
     return free_path(parent / f"{kind}_{datetime.now().astimezone():%Y%m%d_%H%M%S}").name
 
 
+def _new_folder(kind: str, parent: Path) -> RunDirectory:
+    """A folder of its own: two people who start something in the same second get two."""
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        run = RunDirectory(parent / new_id(kind, parent))
+        with suppress(FileExistsError):
+            run.path.mkdir()
+            return run
+
+
 def now_utc() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -37,12 +49,28 @@ def launch(parent: Path, spec: RunSpec) -> RunDirectory:
     there is a run in it already: a second server was faster.
     """
     run = RunDirectory(parent.absolute() / spec.id)
-    run.path.mkdir(parents=True, exist_ok=True)
-    if run.spec_file.exists():
-        raise ConflictError("runs.already_started", run=run.id)
-    write_json(run.spec_file, spec.to_json())
+    with _alone(run):
+        if run.spec_file.exists():
+            raise ConflictError("runs.already_started", run=run.id)
+        write_json(run.spec_file, spec.to_json())
     start_supervisor(run)
     return run
+
+
+@contextmanager
+def _alone(run: RunDirectory) -> Iterator[None]:
+    """Nobody else writes its run.json meanwhile, or runs it: the lock is the supervisor's own."""
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = open(run.supervisor_lock, "ab")  # noqa: SIM115 - closed below; its own errors are another matter
+    except OSError as error:
+        raise MachineError("files.cannot_write", path=str(run.path), reason=error.strerror or str(error)) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConflictError("runs.already_started", run=run.id) from error
+        yield
 
 
 def start_supervisor(run: RunDirectory, *, is_adopting: bool = False) -> None:
@@ -88,7 +116,7 @@ def start_job(
     python: str = sys.executable,
 ) -> RunDirectory:
     """Start `function` ("core.models.library:copy_model") with `arguments` (JSON types) as a supervised job of `project`."""
-    run = RunDirectory(project.jobs / new_id(kind, project.jobs))
+    run = _new_folder(kind, project.jobs)
     spec = RunSpec(
         id=run.id,
         kind=kind,

@@ -9,7 +9,7 @@ from core.runs.metrics import Metrics
 
 _RECENT: Final = 100
 _PAUSE_FACTOR: Final = 5.0
-"""A gap between two steps counts as a pause (evaluation, saving) when it is this many times the median step."""
+"""Where steps say no time of their own, a gap between two is taken for a pause when it is this many times the median step."""
 _LONGEST_PAUSE_SECONDS: Final = 3600.0
 """A longer gap is a clock that was set, or a machine that slept."""
 
@@ -61,18 +61,23 @@ def tokens_per_second(metrics: Metrics, recent: int | None = _RECENT) -> float |
 
 
 def _pace(metrics: Metrics, started_at: float | None) -> tuple[float | None, float]:
-    """Seconds of a step, and seconds of pauses per iteration."""
+    """Seconds of a step, and seconds of pauses (validation, sample answers, saving) per iteration.
+
+    A pause is what lies between the ends of two steps beside the second step itself.
+    """
     at = metrics["at"]
     first = int(np.searchsorted(at, started_at)) if started_at is not None and np.isfinite(at).all() else 0
     recent = metrics["step_seconds"][-_RECENT:]
     recent = recent[np.isfinite(recent)]
-    gaps = np.diff(at[first:])
-    gaps = gaps[np.isfinite(gaps) & (gaps >= 0) & (gaps < _LONGEST_PAUSE_SECONDS)]
+    gaps, steps = np.diff(at[first:]), metrics["step_seconds"][first:][1:]
+    is_usable = np.isfinite(gaps) & (gaps >= 0) & (gaps < _LONGEST_PAUSE_SECONDS)
+    gaps, steps = gaps[is_usable], steps[is_usable]
     if len(recent):
         step = float(np.median(recent))
     elif len(gaps):
         step = float(np.median(gaps[-_RECENT:]))
     else:
         return None, 0.0
-    pauses = gaps[gaps > _PAUSE_FACTOR * step] - step
+    usual = np.where(gaps > _PAUSE_FACTOR * step, step, gaps)
+    pauses = np.maximum(0.0, gaps - np.where(np.isfinite(steps), steps, usual))
     return step, float(pauses.sum() / len(gaps)) if len(gaps) else 0.0

@@ -1,7 +1,6 @@
-"""Reads the sample answers and validation losses that a run wrote beside its metrics. Knows no charts."""
+"""Reads the sample answers that a run wrote beside its metrics, and JSON-lines files such as theirs. Knows no charts."""
 
 import json
-import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,16 +59,6 @@ def read_answers(run: RunDirectory) -> list[SampleAnswer]:
             continue
         rows[answer.iteration, answer.prompt] = answer
     return sorted(rows.values(), key=lambda answer: answer.iteration)
-
-
-def read_validation(run: RunDirectory) -> list[tuple[int, float]]:
-    """(iteration, validation loss), rising; of an iteration that a resume repeated, the newest."""
-    found: dict[int, float] = {}
-    for value in LineReader(run.validation_file).refresh():
-        iteration, loss = value.get("iteration"), value.get("loss")
-        if isinstance(iteration, int) and isinstance(loss, int | float) and math.isfinite(loss):
-            found[iteration] = float(loss)
-    return sorted(found.items())
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """What was measured for a model, card, length and method: remembered in a project, and applied to a config on consent."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,6 +105,41 @@ def remembered(project: Project, source: ConfigSource, *, gpu: str | None) -> Ta
     if value is None:
         return None
     return Table(tuple(Measured.from_json(row) for row in value["rows"]), value["at"], bool(value["applied"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What the speed layer was measured to bring on this card. Rates in tokens a second."""
+
+    stock: float
+    fast: float
+    parts: Mapping[str, float]
+    """Rate with a part over the rate without it, for parts that were measured both ways and nothing else changed."""
+    at: str
+
+
+def measured_gain(
+    project: Project, source: ConfigSource, speed: str | Mapping[str, Any], *, gpu: str | None
+) -> Gain | None:
+    """For a run of this config with this wish for the speed layer; None unless just that was measured on this card."""
+    table = remembered(project, source, gpu=gpu)
+    if table is None or table.stock is None or not table.stock.tokens_per_second:
+        return None
+    asked = replace(setting_of(source), speed=dict(speed) if isinstance(speed, Mapping) else speed)
+    row = next((row for row in table.rows if row.setting == asked and row.tokens_per_second), None)
+    if row is None or row.tokens_per_second is None:
+        return None
+    parts = {}
+    for other in table.rows:
+        without = set(row.parts) - set(other.parts)
+        is_one_less = len(without) == 1 and set(other.parts) < set(row.parts) and _is_alike(row.setting, other.setting)
+        if is_one_less and other.tokens_per_second:
+            parts[without.pop()] = row.tokens_per_second / other.tokens_per_second
+    return Gain(table.stock.tokens_per_second, row.tokens_per_second, parts, table.at)
+
+
+def _is_alike(one: Setting, other: Setting) -> bool:
+    return replace(one, speed="") == replace(other, speed="")
 
 
 def apply(source: ConfigSource, best: Setting) -> ConfigSource:

@@ -91,7 +91,7 @@ def read_status(run: RunDirectory, is_alive: Callable[[ProcessIdentity], bool] =
         return _without_state(run)
     try:
         return _from_state(state, is_alive)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return _without_state(run)
 
 
@@ -145,23 +145,30 @@ def _from_state(state: dict[str, Any], is_alive: Callable[[ProcessIdentity], boo
     return RunStatus(
         phase=phase,
         pid=pid,
-        started_at=state.get("started_at"),
-        ended_at=state.get("ended_at"),
+        started_at=_number(state.get("started_at")),
+        ended_at=_number(state.get("ended_at")),
         exit_code=state.get("exit_code"),
         signal=state.get("signal"),
         is_supervised=is_supervised,
         stop_mode=stop.get("mode"),
-        stop_requested_at=stop.get("requested_at"),
+        stop_requested_at=_number(stop.get("requested_at")),
         oom_kills=int(state.get("oom_kills") or 0),
         supervisor_pid=supervisor.pid if phase.is_active and is_supervised else None,
         stop_reason=stop.get("reason"),
-        queued_at=state.get("queued_at"),
+        queued_at=_number(state.get("queued_at")),
         waits_for=tuple(Holder(str(one["device"]), str(one["run"])) for one in state.get("waits_for") or []),
         gpu_bytes_left=state.get("gpu_bytes_left"),
-        energy_joules=state.get("energy_joules"),
+        energy_joules=_number(state.get("energy_joules")),
         peak_gpu_bytes=state.get("peak_gpu_bytes"),
         earlier_seconds=float(state.get("earlier_seconds") or 0.0),
     )
+
+
+def _number(value: object) -> float | None:
+    """Raises TypeError for what is neither a number nor missing."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise TypeError(value)
 
 
 def _without_state(run: RunDirectory) -> RunStatus:
@@ -188,6 +195,6 @@ def _of_work_dir(run: RunDirectory) -> RunStatus:
     if not times:
         return RunStatus(Phase.LOST, is_supervised=False)
     last = max(times)
-    if time.time() - last < _QUIET_SECONDS:
+    if abs(time.time() - last) < _QUIET_SECONDS:  # a file from the future is no sign of life: a clock was set back
         return RunStatus(Phase.RUNNING, started_at=min(times), is_supervised=False)
     return RunStatus(Phase.FINISHED, ended_at=last, is_supervised=False)

@@ -10,8 +10,8 @@ from core.runs.directory import RunDirectory
 from core.runs.metrics import Metrics
 from core.runs.notes import Notes, read_notes
 from core.runs.progress import tokens_per_second
-from core.runs.samples import read_validation
 from core.runs.state import RunStatus, read_status
+from core.runs.validation import read_validation
 
 
 @dataclass(frozen=True, slots=True)

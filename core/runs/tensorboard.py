@@ -7,7 +7,7 @@ tag = 1, simple_value = 2 (float).
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,13 +29,13 @@ _MAX_POINTS: Final = 20_000
 _POLYNOMIAL: Final = 0x82F63B78
 
 
-def write_events(metrics: Metrics, target: Path) -> Path:
-    """Write all curves of `metrics` to `target` and return it. Raises MachineError on a full disk."""
+def write_events(metrics: Metrics, target: Path, validation: Sequence[tuple[int, float]] = ()) -> Path:
+    """Write all curves of `metrics`, and the validation losses by iteration, to `target`. Raises MachineError on a full disk."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target, "wb") as stream:
             stream.write(record(_event(0.0, 0, b"\x1a" + _sized(b"brain.Event:2"))))
-            for event in _events(metrics):
+            for event in (*_events(metrics), *_validation_events(metrics, validation)):
                 stream.write(record(event))
     except OSError as error:
         if target.is_file():
@@ -63,10 +63,19 @@ def _events(metrics: Metrics) -> Iterator[bytes]:
     for name, tag in _TAGS.items():
         values = metrics[name]
         for row in downsample(values, _MAX_POINTS).tolist():
-            at = float(metrics["at"][row])
-            value = b"\x0a" + _sized(tag.encode()) + b"\x15" + struct.pack("<f", values[row])
-            summary = b"\x2a" + _sized(b"\x0a" + _sized(value))
-            yield _event(0.0 if math.isnan(at) else at, int(metrics["iteration"][row]), summary)
+            yield _scalar(tag, float(metrics["at"][row]), int(metrics["iteration"][row]), values[row])
+
+
+def _validation_events(metrics: Metrics, validation: Sequence[tuple[int, float]]) -> Iterator[bytes]:
+    for iteration, loss in validation:
+        at = float(np.interp(iteration, metrics["iteration"], metrics["at"])) if len(metrics) else math.nan
+        yield _scalar("validation/loss", at, iteration, loss)
+
+
+def _scalar(tag: str, at: float, step: int, number: float) -> bytes:
+    value = b"\x0a" + _sized(tag.encode()) + b"\x15" + struct.pack("<f", number)
+    summary = b"\x2a" + _sized(b"\x0a" + _sized(value))
+    return _event(0.0 if math.isnan(at) else at, step, summary)
 
 
 def _event(wall_time: float, step: int, rest: bytes) -> bytes:

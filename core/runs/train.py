@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from core.checkpoints.inspect import CheckpointCard, list_checkpoints
+from core.config import deepspeed
 from core.config.checks import Surroundings, gather
+from core.config.checks_of_deepspeed import require_usable
 from core.config.edits import data_files, method_of
 from core.config.facts import read_machine
 from core.config.findings import Context, iterations_per_epoch
 from core.config.library import read_config
 from core.config.source import ConfigSource
+from core.config.validation import read_validation
 from core.environment.interpreters import installed_versions, is_legacy, python_version
 from core.errors import ConflictError, InputError
 from core.files import read_json, require_space, write_text
@@ -27,9 +30,8 @@ from core.project import Project
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.jobs import list_runs
 from core.runs.launch import launch, new_id, now_utc, start_job
-from core.runs.resume import WARM_START, Mode, ResumePlan, edited, plan_resume
+from core.runs.resume import Mode, ResumePlan, edited, plan_resume, start_edits
 from core.runs.watch import inherit_rules
-from core.xtuner.command import DEEPSPEED_CHOICES
 from core.xtuner.legacy import legacy_argv
 from core.xtuner.templates import prompt_templates, system_templates
 
@@ -48,6 +50,8 @@ _PACKAGES: Final = (
     "deepspeed",
 )
 _STOP_SECONDS: Final = 300.0
+DEEPSPEED_FILE: Final = "deepspeed.json"
+"""In the run's `source/`: the DeepSpeed config as a person chose it."""
 CARRY_OVER: Final = "core.runs.carry_over:carry_over"
 _NO_GPU: Final = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Cutting a checkpoint anew is work for the CPU; the GPUs may belong to another run."""
@@ -68,7 +72,7 @@ class TrainRequest:
     nodes: NodesWish | None = None
     """Train on this and other machines."""
     deepspeed: str | None = None
-    """One of XTuner's own (`deepspeed_zero2`, …), or none."""
+    """Name of one of XTuner's own (`deepspeed_zero2`, …) or of the project's (`core.config.deepspeed`), or none."""
     resume: Path | None = None
     """A checkpoint to go on from."""
     resume_mode: Mode = Mode.EXACT
@@ -134,20 +138,25 @@ def plan(project: Project, request: TrainRequest) -> RunSpec:
     data = _data(project, source)
     run_id = _run_id(project, request.name)
     template = _prompt_template(source)
-    resume = _plan_resume(source, request, {"base_model": model, "data": data, "prompt_template": template})
+    around = surroundings(project, request)
+    resume = _plan_resume(source, request, around, {"base_model": model, "data": data, "prompt_template": template})
     if resume:
-        source = edited(source, resume.edits | _warm_start_edit(project.train / run_id, resume.mode))
+        source = edited(source, resume.edits)
         require_space(project.train, (2 + resume.is_written_anew) * resume.size_bytes + _SPARE_BYTES)
     require_space(project.train, _SPARE_BYTES)
-    context = gather(source, surroundings(project, request))
+    context = gather(source, around)
+    require_usable(source, context)
     is_local = model["is_local"] and all(entry["sha256"] for entry in data)
     folder = project.train / run_id
+    if resume:
+        source = edited(source, start_edits(resume.to_json(), folder))
     started = _command(request, folder, is_local=is_local)
     is_old = is_legacy(Path(request.python))
     details = {
         "config": {"name": request.config.stem, "sha256": _sha256(source.text.encode()), "path": str(request.config)},
         "base_model": model,
         "data": data,
+        "validation": _validation(project, source),
         "prompt_template": template,
         "system": _system(source),
         "method": method_of(source),
@@ -158,7 +167,8 @@ def plan(project: Project, request: TrainRequest) -> RunSpec:
         "launcher": "slurm" if request.slurm else "nodes" if request.nodes else "local",
         "nodes": request.nodes.to_json() if request.nodes else None,
         "slurm": _batch(project, request, folder, is_local=is_local),
-        "deepspeed": request.deepspeed,
+        "deepspeed": around.deepspeed,
+        "deepspeed_config": around.setting.to_json() if around.setting else None,
         "resume": _resume_path(folder, resume),
         "resumed_from": resume.to_json() if resume else None,
         "seed": request.seed,
@@ -170,7 +180,7 @@ def plan(project: Project, request: TrainRequest) -> RunSpec:
         id=run_id,
         kind="train",
         title=request.config.stem,
-        argv=_legacy_argv(started.argv, request, _resume_path(folder, resume)) if is_old else started.argv,
+        argv=_legacy_argv(started.argv, request, around, _resume_path(folder, resume)) if is_old else started.argv,
         cwd=str(project.root),
         env=started.env,
         gpus=request.own_gpus,
@@ -183,7 +193,8 @@ def plan(project: Project, request: TrainRequest) -> RunSpec:
 def surroundings(project: Project, request: TrainRequest) -> Surroundings:
     """What the config's checks need to know of this start."""
     machine = replace(read_machine(project), gpu_count=request.gpu_count)
-    return Surroundings(machine, request.world_size, request.deepspeed)
+    setting = deepspeed.find(project, request.deepspeed) if request.deepspeed else None
+    return Surroundings(machine, request.world_size, setting.zero.choice if setting else None, setting)
 
 
 def start_training(project: Project, request: TrainRequest) -> RunDirectory:
@@ -226,10 +237,12 @@ def write_source(run: RunDirectory, spec: RunSpec, request: TrainRequest) -> Non
     resumed = spec.details["resumed_from"]
     source = ConfigSource(read_config(request.config))
     if resumed:
-        source = edited(source, resumed["edits"] | _warm_start_edit(run.path, resumed["mode"]))
+        source = edited(source, resumed["edits"] | start_edits(resumed, run.path))
     if _sha256(source.text.encode()) != spec.details["config"]["sha256"]:
         raise ConflictError("train.config_changed", path=str(request.config))
     write_text(run.source / f"{spec.details['config']['name']}.py", source.text)
+    if spec.details["deepspeed_config"]:
+        write_text(run.source / DEEPSPEED_FILE, spec.details["deepspeed_config"]["text"])
     if spec.details["slurm"]:
         write_text(run.path / slurm.BATCH_FILE, spec.details["slurm"]["text"])
 
@@ -262,13 +275,14 @@ def versions(python: str = sys.executable) -> dict[str, str]:
     return found
 
 
-def _legacy_argv(argv: list[str], request: TrainRequest, resume: str | None) -> list[str]:
+def _legacy_argv(argv: list[str], request: TrainRequest, around: Surroundings, resume: str | None) -> list[str]:
     """The command for XTuner 0.1.x, which trains without the app's hooks. Its last argument but the options is the run's folder."""
     config = Path(argv[-1]) / "source" / f"{request.config.stem}.py"
     needs_group = request.world_size > 1 or request.deepspeed is not None
-    return legacy_argv(
-        argv, config, deepspeed=request.deepspeed, resume=resume, seed=request.seed, needs_group=needs_group
-    )
+    # Its own settings by name: another version may have changed them.
+    is_own = around.setting is not None and around.setting.is_own
+    setting = str(config.with_name(DEEPSPEED_FILE)) if is_own else request.deepspeed
+    return legacy_argv(argv, config, deepspeed=setting, resume=resume, seed=request.seed, needs_group=needs_group)
 
 
 def _tool_python(request: TrainRequest) -> str:
@@ -281,8 +295,6 @@ def _check_engine(source: ConfigSource, request: TrainRequest) -> None:
         raise InputError("train.other_framework", path=str(request.config))
     if not source.has("model.llm") or not source.has("train_dataloader"):
         raise InputError("train.not_a_training_config", path=str(request.config))
-    if request.deepspeed is not None and request.deepspeed not in DEEPSPEED_CHOICES:
-        raise InputError("train.unknown_deepspeed", name=request.deepspeed, known=", ".join(DEEPSPEED_CHOICES))
     if request.world_size < 1:
         raise InputError("train.no_process")
 
@@ -308,21 +320,30 @@ def _base_model(project: Project, source: ConfigSource) -> dict[str, Any]:
 
 
 def _data(project: Project, source: ConfigSource) -> list[dict[str, Any]]:
-    from core.config.facts import read_data
-
     files = data_files(source)
     if not files:
         raise InputError("train.no_local_data")
-    described = []
-    for name in files:
-        path = _absolute(project, name)
-        if not path.is_file():
-            raise InputError("train.data_missing", path=name)
-        facts = read_data(path)
-        if facts.rows == 0:
-            raise InputError("train.data_empty", path=name)
-        described.append({"path": str(path), "sha256": _file_sha256(path), "rows": facts.rows})
-    return described
+    return [_described(project, name) for name in files]
+
+
+def _validation(project: Project, source: ConfigSource) -> dict[str, Any] | None:
+    """What it validates on and how; None if it does not."""
+    validation = read_validation(source)
+    if validation is None:
+        return None
+    return {**asdict(validation), "files": [_described(project, name) for name in validation.files]}
+
+
+def _described(project: Project, name: str) -> dict[str, Any]:
+    from core.config.facts import read_data
+
+    path = _absolute(project, name)
+    if not path.is_file():
+        raise InputError("train.data_missing", path=name)
+    facts = read_data(path)
+    if facts.rows == 0:
+        raise InputError("train.data_empty", path=name)
+    return {"path": str(path), "sha256": _file_sha256(path), "rows": facts.rows}
 
 
 def _absolute(project: Project, name: str) -> Path:
@@ -331,7 +352,9 @@ def _absolute(project: Project, name: str) -> Path:
     return path if path.is_absolute() else project.root / path
 
 
-def _plan_resume(source: ConfigSource, request: TrainRequest, details: Mapping[str, Any]) -> ResumePlan | None:
+def _plan_resume(
+    source: ConfigSource, request: TrainRequest, around: Surroundings, details: Mapping[str, Any]
+) -> ResumePlan | None:
     if request.resume is None:
         return None
     return plan_resume(
@@ -340,7 +363,7 @@ def _plan_resume(source: ConfigSource, request: TrainRequest, details: Mapping[s
         details,
         mode=request.resume_mode,
         world_size=request.world_size,
-        deepspeed=request.deepspeed,
+        deepspeed=around.deepspeed,
         extra_epochs=request.extra_epochs,
     )
 
@@ -350,11 +373,6 @@ def _resume_path(folder: Path, resume: ResumePlan | None) -> str | None:
     if resume is None or resume.mode is Mode.WEIGHTS:
         return None
     return str(folder / resume.written_name if resume.is_written_anew else resume.checkpoint)
-
-
-def _warm_start_edit(folder: Path, mode: str) -> dict[str, Any]:
-    """XTuner loads `peft_model` into the fresh adapter."""
-    return {"model.peft_model": str(folder / WARM_START)} if mode == Mode.WEIGHTS else {}
 
 
 def _command(request: TrainRequest, folder: Path, *, is_local: bool) -> local.Command:

@@ -2,7 +2,8 @@
 
 FLOPs a token, after PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the forward pass takes 2 N + 4 L h s, the backward
 pass twice that. LoRA computes no gradients of the frozen weights: a token takes 4 N + 12 L h s in all. N: parameters, L: layers,
-h: hidden size, s: tokens a sequence. The adapters themselves are left out (< 2 %).
+h: hidden size, s: tokens a sequence. The adapters themselves are left out (< 2 %), recomputed activations too: they are work, but no
+progress. As in the paper, attention is counted as if every token saw every other, and a causal mask saves nothing.
 """
 
 import re
@@ -11,27 +12,43 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 _PEAK_TERAFLOPS: Final = (
-    ("H200", 989.0),
+    ("B200", 2250.0),
+    ("GH200", 989.4),
+    ("H200", 989.4),
     ("H100 PCIe", 756.0),
-    ("H100", 989.0),
-    ("H800", 989.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.4),
+    ("H800 PCIe", 756.0),
+    ("H800", 989.4),
     ("H20", 148.0),
     ("A100", 312.0),
     ("A800", 312.0),
     ("A40", 149.7),
     ("A30", 165.0),
+    ("A10G", 70.0),
     ("A10", 125.0),
     ("L40S", 362.0),
     ("L40", 181.0),
     ("L4", 121.0),
+    ("RTX 6000 Ada", 364.2),
+    ("RTX A6000", 154.8),
+    ("5090", 209.5),
     ("4090", 165.2),
+    ("4080 SUPER", 104.4),
     ("4080", 97.5),
+    ("3090 Ti", 80.0),
     ("3090", 71.0),
     ("3080", 59.5),
     ("V100", 125.0),
     ("T4", 65.0),
 )
-"""Model in the card's name → dense 16-bit TFLOP/s with 32-bit accumulation, from NVIDIA's data sheets. The first that fits."""
+"""Model in the card's name → dense 16-bit TFLOP/s. The first that fits.
+
+From NVIDIA's data sheets and architecture papers (Hopper 2022, Ampere GA100 2020 and GA102 2021, Ada 2022, Blackwell 2025): the
+figure of bf16 tensor cores without sparsity, which data sheets of newer cards print as half of the one "with sparsity", and with
+32-bit accumulation, which is how training multiplies. GeForce cards do that at half the rate that is advertised for 16-bit
+accumulation (RTX 4090: 165.2, not 330). SXM modules, unless the name says PCIe or NVL.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from core.runs.directory import RunDirectory, RunSpec
 from core.runs.health import Alert, Health
 from core.runs.sampling import Sampler
 from core.runs.state_writer import replace_file
+from core.runs.validation import is_validating
 from core.runs.webhook import post
 
 LOOK_SECONDS: Final = 1.0
@@ -97,6 +98,8 @@ class Watch:
         self._read_rules()
         for row in self._new_rows():
             self._health.see_step(row, now, clock)
+        if is_validating(self._run, now):
+            self._health.see_validation(clock)
         self._health.see_time(now, clock)
         while self._sampler and self._sampler.latest:
             self._health.see_machine(self._sampler.latest.popleft(), now)

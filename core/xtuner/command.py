@@ -1,7 +1,7 @@
 """The command that trains and the environment it needs. Knows XTuner's traps; starts nothing and imports no XTuner.
 
-Always torchrun, for one GPU and for CPU too: `xtuner train` hides the exit code, takes the PATH's python and leaves its child
-alive on SIGTERM.
+Never `xtuner train`: it hides the exit code, takes the PATH's python and leaves its child alive on SIGTERM. Several processes are
+started by torchrun; one alone needs none, and starts seconds sooner without.
 """
 
 import os
@@ -19,6 +19,7 @@ DEEPSPEED_CHOICES: Final = (
     "deepspeed_zero3_offload",
 )
 """Names of the DeepSpeed configs that XTuner brings."""
+_ENTRY: Final = "core.xtuner.runtime.entry"
 _MAX_THREADS: Final = 8
 """Threads a rank on a GPU gets at most: its CPU work is data loading."""
 
@@ -31,8 +32,15 @@ def free_port() -> int:
         return port
 
 
-def training_argv(python: str, run_folder: Path, *, world_size: int, port: int) -> list[str]:
-    """The command that trains in `run_folder`, with `world_size` processes on this machine."""
+def training_argv(
+    python: str, run_folder: Path, *, world_size: int, port: int, needs_torchrun: bool = False
+) -> list[str]:
+    """The command that trains in `run_folder`, with `world_size` processes on this machine.
+
+    needs_torchrun: even for one process. XTuner 0.1.x, started without the app's entry, asks for its rank.
+    """
+    if world_size == 1 and not needs_torchrun:
+        return [python, "-m", _ENTRY, str(run_folder)]
     return node_argv(
         python, run_folder, nodes=1, node_rank="0", processes=world_size, address="127.0.0.1", port=str(port)
     )
@@ -57,7 +65,7 @@ def node_argv(
         "--master_port",
         port,
         "-m",
-        "core.xtuner.runtime.entry",
+        _ENTRY,
         str(run_folder),
     ]
 

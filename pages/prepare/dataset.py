@@ -31,7 +31,9 @@ def choose(datasets: list[Dataset]) -> Dataset:
     wanted = st.session_state.pop("dataset_next", None) or st.session_state.get("dataset_file")
     st.session_state["dataset_file"] = wanted if wanted in names else next(iter(names))
     labels = {name: label(dataset) for name, dataset in names.items()}
-    chosen = st.selectbox(t("dataset.file"), names, key="dataset_file", format_func=labels.__getitem__)
+    chosen = st.selectbox(
+        t("dataset.file"), names, key="dataset_file", format_func=labels.__getitem__, help=t("dataset.file_help")
+    )
     return names[chosen]
 
 

@@ -11,6 +11,8 @@ from core.errors import DanluError
 from core.runs.jobs import active_jobs
 from core.runs.launch import start_job
 from pages.ui import shell
+from pages.ui.archive import show_archive
+from pages.ui.audit import note, show_log
 from pages.ui.environment_python import KINDS, show_creation, show_interpreters, show_tunnel
 from pages.ui.environment_report import show_machine, show_report, show_verdict
 from pages.ui.jobs import job_panel
@@ -37,6 +39,7 @@ if st.button(
     start_job(
         project, "core.environment.doctor:run_examination", kind="examine", title=str(python), arguments=arguments
     )
+    note("start", "examine")
     st.rerun()
 job_panel(project, KINDS)
 show_creation(project, python)
@@ -48,5 +51,12 @@ with st.expander(t("environment.python_used"), icon=":material/terminal:"):
         show_interpreters(project, python)
     except DanluError as error:
         show_error(error)
+for key, icon, show in (
+    ("archive", ":material/inventory_2:", lambda: show_archive(project)),
+    ("audit", ":material/history_edu:", show_log),
+):
+    with st.expander(t(f"{key}.title"), icon=icon, key=f"environment_{key}", on_change="rerun") as box:
+        if box.open:  # both read many files
+            show()
 with st.expander(t("environment.tunnel"), icon=":material/lan:"):
     show_tunnel()

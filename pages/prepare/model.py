@@ -11,6 +11,7 @@ from core.project import Project
 from core.runs.jobs import active_jobs
 from core.runs.launch import start_job
 from pages.ui import shell
+from pages.ui.audit import note
 from pages.ui.jobs import job_panel
 from pages.ui.model_cards import KINDS, found_on_machine, show_adding, show_card
 from pages.ui.model_download import download_form, show_unfinished
@@ -33,6 +34,7 @@ def show_embedded(project: Project) -> None:
             target = free_name(project, NAME)
             function = "core.models.embedded:write_embedded_model"
             start_job(project, function, kind="dequantize", title=NAME, arguments={"target": str(target)})
+            note("start", f"dequantize {NAME}")
             st.rerun()
         except DanluError as error:
             show_error(error)
@@ -41,7 +43,9 @@ def show_embedded(project: Project) -> None:
 def show_folder(project: Project) -> None:
     source = st.text_input(t("model.folder_path"), key="model_folder", help=t("model.folder_help")).strip()
     guess = Path(source).expanduser().name if source else ""
-    name = st.text_input(t("model.folder_name"), guess, key=f"model_name_{guess}").strip()
+    name = st.text_input(
+        t("model.folder_name"), guess, key=f"model_name_{guess}", help=t("model.folder_name_help")
+    ).strip()
     show_adding(source, name, project, key="folder")
 
 

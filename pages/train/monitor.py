@@ -16,7 +16,9 @@ from pages.ui.run_hardware import run_hardware
 from pages.ui.run_header import failure_card, next_steps, run_header
 from pages.ui.run_log import run_details, run_log, run_samples, show_lines
 from pages.ui.run_memory import memory_line
+from pages.ui.run_notices import run_notices
 from pages.ui.run_speed import run_speed
+from pages.ui.run_timing import run_timing
 from pages.ui.text import t
 
 REFRESH_SECONDS = 2.0
@@ -64,6 +66,7 @@ def live(run: RunDirectory, *, was_active: bool) -> None:
     metrics = metrics_of(run)
     run_header(run, status, metrics)
     open_alerts(run, status)
+    run_notices(run, status)
     if status.phase is Phase.QUEUED:
         return
     if status.phase.is_active and not len(metrics):
@@ -77,7 +80,7 @@ def live(run: RunDirectory, *, was_active: bool) -> None:
         case "hardware":
             run_hardware(machine_series_of(run), metrics, settings, status.started_at)
         case "samples":
-            run_samples(run)
+            run_samples(project, run)
         case "log":
             run_log(run)
         case "alerts":
@@ -86,7 +89,8 @@ def live(run: RunDirectory, *, was_active: bool) -> None:
             run_details(run)
         case _:
             run_curves(run, metrics, settings, status.started_at)
-    run_speed(run, status)
+    run_speed(project, run, status)
+    run_timing(run, status)
 
 
 project = shell.require_project()

@@ -10,6 +10,7 @@ from core.data.generate import FILE_NAME, MOST_ROWS, Assistant, write_assistant
 from core.errors import DanluError
 from core.project import Project
 from core.runs.launch import start_job
+from pages.ui.audit import note
 from pages.ui.text import language, show_error, t
 
 _LANGUAGES = ("zh", "en", "both")
@@ -56,15 +57,24 @@ def _generate_form(project: Project) -> None:
     with st.form("dataset_generate", border=False):
         left, middle, right = st.columns([2, 2, 2])
         name = left.text_input(
-            t("dataset.assistant_name"), key="dataset_name", placeholder=t("dataset.assistant_name_example")
+            t("dataset.assistant_name"),
+            key="dataset_name",
+            placeholder=t("dataset.assistant_name_example"),
+            help=t("dataset.assistant_name_help"),
         )
-        author = middle.text_input(t("dataset.author"), key="dataset_author", placeholder=t("dataset.author_example"))
+        author = middle.text_input(
+            t("dataset.author"),
+            key="dataset_author",
+            placeholder=t("dataset.author_example"),
+            help=t("dataset.author_help"),
+        )
         tongue = right.selectbox(
             t("dataset.language"),
             _LANGUAGES,
             index=_LANGUAGES.index(language()),
             format_func={code: t(f"dataset.languages.{code}") for code in _LANGUAGES}.__getitem__,
             key="dataset_language",
+            help=t("dataset.language_help"),
         )
         left, middle, right = st.columns([2, 2, 2], vertical_alignment="bottom")
         rows = left.number_input(
@@ -96,13 +106,19 @@ def _upload_form(project: Project) -> None:
             if file is None:
                 st.warning(t("dataset.file_needed"), icon=":material/upload_file:")
             else:
+                note("upload", file.name)
                 attempt(lambda: library.add_file(project, file.name, file, file.size), project)
 
 
 def _path_form(project: Project) -> None:
     st.caption(t("dataset.path_intro"))
     with st.form("dataset_path", border=False):
-        path = st.text_input(t("dataset.path"), key="dataset_path_text", placeholder="/root/share/data/train.jsonl")
+        path = st.text_input(
+            t("dataset.path"),
+            key="dataset_path_text",
+            placeholder="/root/share/data/train.jsonl",
+            help=t("dataset.path_help"),
+        )
         if st.form_submit_button(t("dataset.path_go"), type="primary", key="dataset_path_go") and path.strip():
             try:
                 source = library.readable_source(path.strip())
@@ -113,4 +129,5 @@ def _path_form(project: Project) -> None:
                 start_job(
                     project, "core.data.library:copy_file", kind="data_copy", title=source.name, arguments=arguments
                 )
+                note("start", f"copy {source.name}")
                 st.rerun()

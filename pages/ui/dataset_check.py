@@ -10,6 +10,7 @@ from core.data.library import Dataset
 from core.messages import Message
 from core.project import Project
 from core.runs.launch import start_job
+from pages.ui.audit import note
 from pages.ui.dataset_add import attempt
 from pages.ui.text import say, t, words
 
@@ -117,6 +118,7 @@ def _columns_form(project: Project, dataset: Dataset) -> None:
         index=index,
         format_func={kind: t(f"data.format.{kind}") for kind in formats}.__getitem__,
         key="dataset_format",
+        help=t("dataset.format_help"),
     )
     known = detection.columns.to_json()
     nothing = t("dataset.no_column")
@@ -131,6 +133,7 @@ def _columns_form(project: Project, dataset: Dataset) -> None:
             index=at if names else None,
             format_func=lambda name: nothing if name is None else name,
             key=f"dataset_part_{dataset.name}_{chosen}_{part}",
+            help=t("dataset.parts_named_help"),
         )
     if st.button(t("dataset.columns_go"), disabled=not detection.names, key="dataset_columns_go"):
         by_hand = Detection(chosen, 1.0, Columns.from_json(parts), detection.names)
@@ -148,6 +151,7 @@ def _columns_form(project: Project, dataset: Dataset) -> None:
 
 def _start(project: Project, dataset: Dataset, function: str, kind: str, arguments: dict[str, object]) -> None:
     start_job(project, function, kind=kind, title=dataset.name, arguments={"project": str(project.root), **arguments})
+    note("start", f"{kind} {dataset.name}")
     st.rerun()
 
 

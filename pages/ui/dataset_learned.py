@@ -21,6 +21,7 @@ from core.runs.launch import start_job
 from core.xtuner.templates import PromptTemplate, prompt_templates
 from core.xtuner.tokens import guess_template
 from pages.ui import shell
+from pages.ui.audit import note
 from pages.ui.dataset_template import template_check
 from pages.ui.text import show_error, t
 
@@ -38,13 +39,31 @@ def learned_view(project: Project, dataset: Dataset) -> None:
         st.info(t("dataset.needs_format"), icon=":material/help:")
         return
     cells = st.columns([3, 2, 2, 2])
-    model = cells[0].selectbox(t("dataset.model"), models, format_func=lambda folder: folder.name, key="dataset_model")
+    model = cells[0].selectbox(
+        t("dataset.model"),
+        models,
+        format_func=lambda folder: folder.name,
+        key="dataset_model",
+        help=t("dataset.model_help"),
+    )
     template = _choose_template(cells[1], dataset, model)
     max_length = int(
-        cells[2].number_input(t("dataset.max_length"), 16, 1_048_576, 2048, step=128, key="dataset_max_length")
+        cells[2].number_input(
+            t("dataset.max_length"),
+            16,
+            1_048_576,
+            2048,
+            step=128,
+            key="dataset_max_length",
+            help=t("dataset.max_length_help"),
+        )
     )
     last = max(1, dataset.rows or 1_000_000)
-    number = int(cells[3].number_input(t("dataset.row_number"), 1, last, 1, key=f"dataset_row_{dataset.name}"))
+    number = int(
+        cells[3].number_input(
+            t("dataset.row_number"), 1, last, 1, key=f"dataset_row_{dataset.name}", help=t("dataset.row_number_help")
+        )
+    )
     if template is not None:
         template_check(template, model)
     if tokenizer_file(project, model) is None:
@@ -59,12 +78,22 @@ def learned_view(project: Project, dataset: Dataset) -> None:
 
 def _choose_template(cell: st.delta_generator.DeltaGenerator, dataset: Dataset, model: Path) -> PromptTemplate | None:
     if not dataset.has_template:
-        cell.selectbox(t("dataset.template"), [t("dataset.no_template")], disabled=True, key="dataset_no_template")
+        cell.selectbox(
+            t("dataset.template"),
+            [t("dataset.no_template")],
+            disabled=True,
+            key="dataset_no_template",
+            help=t("dataset.template_help"),
+        )
         return None
     templates = prompt_templates()
     guess = guess_template(model) or "default"
     name = cell.selectbox(
-        t("dataset.template"), list(templates), index=list(templates).index(guess), key=f"dataset_template_{model}"
+        t("dataset.template"),
+        list(templates),
+        index=list(templates).index(guess),
+        key=f"dataset_template_{model}",
+        help=t("dataset.template_help"),
     )
     return templates[name]
 
@@ -83,6 +112,7 @@ def _export_form(project: Project, model: Path) -> None:
             title=model.name,
             arguments=arguments,
         )
+        note("start", f"data_tokenizer {model.name}")
         st.rerun()
 
 
@@ -159,6 +189,7 @@ def _lengths(project: Project, dataset: Dataset, model: Path, template: PromptTe
                 title=dataset.name,
                 arguments=arguments,
             )
+            note("start", f"data_measure {dataset.name}")
             st.rerun()
         return
     st.markdown(f"##### {t('dataset.lengths')}")
@@ -214,11 +245,19 @@ def _plan(summary: LengthSummary) -> None:
     with st.expander(t("dataset.plan"), icon=":material/calculate:"):
         st.caption(t("dataset.plan_intro"))
         cells = st.columns(6)
-        batch = cells[0].number_input(t("dataset.batch_size"), 1, 4096, 1, key="dataset_batch")
-        accumulation = cells[1].number_input(t("dataset.accumulation"), 1, 4096, 16, key="dataset_accumulation")
-        epochs = cells[2].number_input(t("dataset.epochs"), 1, 1000, 3, key="dataset_epochs")
-        gpus = cells[3].number_input(t("dataset.gpus"), 1, 4096, 1, key="dataset_gpus")
-        warmup = cells[4].number_input(t("dataset.warmup"), 0.0, 0.5, 0.03, 0.01, key="dataset_warmup")
+        batch = cells[0].number_input(
+            t("dataset.batch_size"), 1, 4096, 1, key="dataset_batch", help=t("dataset.batch_size_help")
+        )
+        accumulation = cells[1].number_input(
+            t("dataset.accumulation"), 1, 4096, 16, key="dataset_accumulation", help=t("dataset.accumulation_help")
+        )
+        epochs = cells[2].number_input(
+            t("dataset.epochs"), 1, 1000, 3, key="dataset_epochs", help=t("dataset.epochs_help")
+        )
+        gpus = cells[3].number_input(t("dataset.gpus"), 1, 4096, 1, key="dataset_gpus", help=t("dataset.gpus_help"))
+        warmup = cells[4].number_input(
+            t("dataset.warmup"), 0.0, 0.5, 0.03, 0.01, key="dataset_warmup", help=t("dataset.warmup_help")
+        )
         packs = cells[5].checkbox(t("dataset.packs"), value=True, key="dataset_packs")
         plan: Plan = plan_iterations(
             summary.packing.samples if packs else summary.rows - summary.dropped_rows,

@@ -11,6 +11,7 @@ from core.data.split import split_dataset
 from core.messages import Message
 from core.project import Project
 from core.runs.launch import start_job
+from pages.ui.audit import note
 from pages.ui.dataset_add import attempt
 from pages.ui.text import say, t
 
@@ -21,7 +22,15 @@ def versions_view(project: Project, dataset: Dataset) -> None:
         st.markdown(f"**{t('dataset.split')}**")
         st.caption(t("dataset.split_intro", stem=dataset.path.stem))
         left, right = st.columns([4, 1], vertical_alignment="bottom")
-        percent = left.slider(t("dataset.split_share"), 1, 50, 5, format="%d%%", key="dataset_split_percent")
+        percent = left.slider(
+            t("dataset.split_share"),
+            1,
+            50,
+            5,
+            format="%d%%",
+            key="dataset_split_percent",
+            help=t("dataset.split_share_help"),
+        )
         if right.button(t("dataset.split_go"), width="stretch", key="dataset_split_go"):
             attempt(lambda: split_dataset(project, dataset.path, percent).train, project)
     _mix_form(project, dataset)
@@ -50,11 +59,15 @@ def _mix_form(project: Project, dataset: Dataset) -> None:
         )
         left, middle, right = st.columns([3, 3, 1], vertical_alignment="bottom")
         if way == "join":
-            chosen = left.multiselect(t("dataset.mix_others"), others, key="dataset_join_others")
+            chosen = left.multiselect(
+                t("dataset.mix_others"), others, key="dataset_join_others", help=t("dataset.mix_others_help")
+            )
             if right.button(t("dataset.mix_go"), width="stretch", key="dataset_join_go", disabled=not chosen):
                 _join(project, dataset, [others[name] for name in chosen])
             return
-        other = left.selectbox(t("dataset.mix_other"), others, key="dataset_mix_other")
+        other = left.selectbox(
+            t("dataset.mix_other"), others, key="dataset_mix_other", help=t("dataset.mix_other_help")
+        )
         percent = middle.slider(
             t("dataset.mix_share"), 1, MOST_PERCENT, 20, format="%d%%", key="dataset_mix_percent",
             help=t("dataset.mix_help"),
@@ -69,6 +82,7 @@ def _mix(project: Project, dataset: Dataset, other: Path, percent: int) -> None:
         return
     arguments = {"project": str(project.root), "path": str(dataset.path), "general": str(other), "percent": percent}
     start_job(project, "core.data.mix:mix_job", kind="data_convert", title=dataset.name, arguments=arguments)
+    note("start", f"mix {dataset.name}")
     st.rerun()
 
 
@@ -79,6 +93,7 @@ def _join(project: Project, dataset: Dataset, others: list[Path]) -> None:
         return
     arguments = {"project": str(project.root), "paths": [str(path) for path in paths], "name": name}
     start_job(project, "core.data.mix:join_job", kind="data_convert", title=dataset.name, arguments=arguments)
+    note("start", f"join {dataset.name}")
     st.rerun()
 
 

@@ -15,6 +15,7 @@ from core.runs.launch import start_job
 from core.runs.logs import log_file, read_tail
 from core.runs.state import Phase, read_status
 from pages.ui import shell
+from pages.ui.audit import note
 from pages.ui.run_log import show_lines
 from pages.ui.text import t
 
@@ -53,6 +54,7 @@ def show_interpreters(project: Project, python: Path) -> None:
         arguments = {"target": str(project.private / _ENVIRONMENT), "python": sys.executable}
         function = "core.environment.doctor:create_environment"
         start_job(project, function, kind="environment", title=project.name, arguments=arguments)
+        note("start", "environment")
         st.rerun()
 
 
@@ -93,9 +95,20 @@ def _name_of(interpreter: Interpreter) -> str:
 def show_tunnel() -> None:
     user, host, port = this_machine()
     columns = st.columns([2, 3, 1])
-    user = columns[0].text_input(t("environment.tunnel_user"), user, key="environment_tunnel_user")
-    host = columns[1].text_input(t("environment.tunnel_host"), host, key="environment_tunnel_host")
-    port = columns[2].number_input(t("environment.tunnel_port"), 1, 65535, port, key="environment_tunnel_port")
+    user = columns[0].text_input(
+        t("environment.tunnel_user"), user, key="environment_tunnel_user", help=t("environment.tunnel_user_help")
+    )
+    host = columns[1].text_input(
+        t("environment.tunnel_host"), host, key="environment_tunnel_host", help=t("environment.tunnel_host_help")
+    )
+    port = columns[2].number_input(
+        t("environment.tunnel_port"),
+        1,
+        65535,
+        port,
+        key="environment_tunnel_port",
+        help=t("environment.tunnel_port_help"),
+    )
     if not (re.fullmatch(r"[\w.-]+", user) and re.fullmatch(r"[\w.:-]+", host)):
         st.warning(t("environment.tunnel_bad"))
         return

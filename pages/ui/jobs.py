@@ -6,7 +6,7 @@ from typing import Any
 
 import streamlit as st
 
-from core.errors import DanluError
+from core.errors import DanluError, InputError
 from core.files import read_json
 from core.messages import Message
 from core.project import Project
@@ -14,6 +14,7 @@ from core.runs.control import request_stop
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.jobs import list_jobs
 from core.runs.state import Phase, RunStatus, read_status
+from pages.ui.audit import note
 from pages.ui.text import duration, gib, say, show_error, t
 
 _KEEP_SHOWING_SECONDS = 3600.0
@@ -50,6 +51,7 @@ def _active_job(run: RunDirectory, spec: RunSpec, status: RunStatus) -> None:
             t("runs.cancel"), key=f"job_cancel_{run.id}", disabled=status.phase is Phase.STOPPING, width="stretch"
         ):
             request_stop(run, "cancel")
+            note("cancel", run.id)
         progress = _progress(run)
         if progress is None:
             st.progress(0.0, text=t(f"runs.phases.{status.phase}"))
@@ -68,9 +70,19 @@ def _ended_job(run: RunDirectory, spec: RunSpec, status: RunStatus) -> None:
         st.info(f"{title} — {t(f'runs.phases.{status.phase}')}", icon=":material/cancel:")
     elif run.error_file.exists():
         st.markdown(f"**{title}**")
-        show_error(DanluError.from_json(read_json(run.error_file)))
+        show_error(_error(run))
     else:
         st.error(f"{title} — {t('runs.job_broke', path=str(run.log_file))}", icon=":material/error:")
+
+
+def _error(run: RunDirectory) -> DanluError:
+    """What the job says of its end; if that cannot be read, that."""
+    try:
+        return DanluError.from_json(read_json(run.error_file))
+    except DanluError as error:
+        return error
+    except (KeyError, TypeError, ValueError) as error:
+        return InputError("files.broken_schema", path=str(run.error_file), reason=str(error))
 
 
 def _progress(run: RunDirectory) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from core.project import Project
 from core.runs.jobs import active_jobs
 from core.runs.launch import start_job
 from core.settings import Settings
+from pages.ui.audit import note
 from pages.ui.text import gib, say, show_error, t
 
 KINDS = ("dequantize", "copy", "download")
@@ -64,6 +65,7 @@ def show_adding(source: str, name: str, project: Project, key: str) -> None:
             require_absent(target)
             arguments = {"source": source, "target": str(target)}
             start_job(project, "core.models.library:copy_model", kind="copy", title=name, arguments=arguments)
+            note("start", f"copy {name}")
             st.rerun()
         if is_link:
             link_model(Path(source), free_name(project, name))
@@ -127,4 +129,5 @@ def _show_code(card: ModelCard, project: Project) -> None:
                 st.caption(t("model.code_more", count=len(text) - _SHOWN_CHARACTERS, path=str(file)))
     if st.button(t("model.code_allow"), key=f"model_allow_{card.name}", icon=":material/verified_user:"):
         allow(project, card.path)
+        note("allow", card.name)
         st.rerun()

@@ -12,6 +12,7 @@ from core.models.library import free_name
 from core.project import Project
 from core.runs.jobs import active_jobs
 from core.runs.launch import start_job
+from pages.ui.audit import note
 from pages.ui.model_cards import KINDS
 from pages.ui.text import gib, show_error, t
 
@@ -30,7 +31,9 @@ def download_form(project: Project) -> None:
         required=True,
     )
     hub = hub or HUBS[0]
-    repo = middle.text_input(t("model.repo"), key="model_repo", placeholder=_EXAMPLES[hub]).strip()
+    repo = middle.text_input(
+        t("model.repo"), key="model_repo", placeholder=_EXAMPLES[hub], help=t("model.repo_help")
+    ).strip()
     with st.expander(t("model.mirror"), icon=":material/dns:"):
         cells = st.columns([3, 2])
         places = [open_hub(hub).endpoint, OFFICIAL[hub], *(MIRRORS if hub == "huggingface" else ())]
@@ -75,6 +78,7 @@ def _discard(project: Project, item: Unfinished) -> None:
     except DanluError as error:
         show_error(error)
         return
+    note("delete", f"download {item.repo}")
     st.rerun()
 
 
@@ -109,7 +113,10 @@ def _show_listing(listing: dict[str, Any], project: Project) -> None:
         st.table({t("model.file"): [name for name, _, _ in rows], t("model.size"): [gib(size) for _, size, _ in rows]})
     left, right = st.columns([4, 2], vertical_alignment="bottom")
     name = left.text_input(
-        t("model.folder_name"), listing["name"], key=f"model_download_name_{listing['repo']}"
+        t("model.folder_name"),
+        listing["name"],
+        key=f"model_download_name_{listing['repo']}",
+        help=t("model.folder_name_help"),
     ).strip()
     is_busy = bool(active_jobs(project, KINDS))
     if right.button(
@@ -132,4 +139,5 @@ def _show_listing(listing: dict[str, Any], project: Project) -> None:
 
 def _start(project: Project, title: str, arguments: dict[str, Any]) -> None:
     start_job(project, "core.models.download:download_model", kind="download", title=title, arguments=arguments)
+    note("start", f"download {title}")
     st.rerun()

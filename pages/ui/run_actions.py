@@ -8,6 +8,7 @@ from core.runs.control import is_stoppable, request_stop
 from core.runs.directory import RunDirectory
 from core.runs.state import Phase, RunStatus
 from pages.ui import shell
+from pages.ui.audit import note
 from pages.ui.run_data import spec_of
 from pages.ui.text import show_error, t
 
@@ -56,6 +57,7 @@ def _start_buttons(run: RunDirectory, status: RunStatus) -> None:
 def _go_on(run: RunDirectory) -> None:
     try:
         go_on(run)
+        note("resume", run.id)
     except DanluError as error:
         show_error(error)
         return
@@ -65,6 +67,7 @@ def _go_on(run: RunDirectory) -> None:
 def _retry(run: RunDirectory) -> None:
     try:
         again = retry(shell.require_project(), run)
+        note("start", again.id)
     except DanluError as error:
         show_error(error)
         return
@@ -88,5 +91,6 @@ def _confirm_cancel(run: RunDirectory) -> None:
 def _ask(run: RunDirectory, mode: str) -> None:
     try:
         request_stop(run, "cancel" if mode == "cancel" else "save")
+        note("cancel" if mode == "cancel" else "stop", run.id)
     except DanluError as error:
         show_error(error)

@@ -114,6 +114,11 @@ def _toast(run: RunDirectory, alerts: list[Alert]) -> None:
             st.toast(_what(alert), icon=_ICONS[alert.level], duration="long")
 
 
+def alert_words(alert: Alert) -> tuple[str, str]:
+    """What is wrong, and what to do."""
+    return _what(alert), _next(alert)
+
+
 def _what(alert: Alert) -> str:
     return say(message(f"health.alerts.{alert.kind}.what", **alert.params))
 

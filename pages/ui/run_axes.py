@@ -56,7 +56,9 @@ def chart_settings(metrics: Metrics) -> ChartSettings:
             default=0,
             key="monitor_window",
         )
-        smoothing = st.slider(t("monitor.smoothing"), 0.0, 0.99, 0.9, 0.01, key="monitor_smoothing")
+        smoothing = st.slider(
+            t("monitor.smoothing"), 0.0, 0.99, 0.9, 0.01, key="monitor_smoothing", help=t("monitor.smoothing_help")
+        )
         is_log = st.toggle(t("monitor.log_axis"), key="monitor_log_axis")
     return ChartSettings(axis == "minutes", int(steps or 0), smoothing, is_log)
 

@@ -17,6 +17,8 @@ from core.runs.directory import RunDirectory
 from core.runs.metrics import Metrics
 from core.runs.summary import RunSummary
 from core.runs.tensorboard import write_events
+from core.runs.validation import read_validation
+from pages.ui.audit import note
 from pages.ui.charts import Line, line_chart
 from pages.ui.run_data import metrics_of
 from pages.ui.text import language, show_error, t
@@ -31,7 +33,9 @@ def compare_losses(rows: list[RunSummary]) -> None:
     by = axis.segmented_control(
         t("monitor.axis"), _AXES, format_func=lambda name: t(f"runs.axes.{name}"), default="steps", key="runs_axis"
     )
-    weight = smoothing.slider(t("monitor.smoothing"), 0.0, 0.99, 0.9, 0.01, key="runs_smoothing")
+    weight = smoothing.slider(
+        t("monitor.smoothing"), 0.0, 0.99, 0.9, 0.01, key="runs_smoothing", help=t("monitor.smoothing_help")
+    )
     is_log = log.toggle(t("monitor.log_axis"), key="runs_log_axis")
     lines = {}
     for row in rows[:_MOST_RUNS]:
@@ -68,13 +72,14 @@ def downloads(project: Project, run: RunDirectory) -> None:
         _offer("bundle", f"{run.id}.zip", lambda: write_bundle(run, folder / f"{run.id}.zip"))
         st.caption(t("runs.events_help"))
         name = f"events.out.tfevents.{run.id}"
-        _offer("events", name, lambda: write_events(metrics_of(run), folder / name))
+        _offer("events", name, lambda: write_events(metrics_of(run), folder / name, read_validation(run)))
 
 
 def _offer(kind: str, name: str, make: Callable[[], Path]) -> None:
     if st.button(t(f"runs.make_{kind}"), key=f"runs_make_{kind}"):
         try:
             st.session_state[f"runs_made_{kind}"] = str(make())
+            note("export", name)
         except DanluError as error:
             show_error(error)
             return

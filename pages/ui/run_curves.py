@@ -2,12 +2,14 @@
 
 import numpy as np
 import streamlit as st
+from numpy.typing import NDArray
 
 from core.runs.curves import ratio, smooth
 from core.runs.directory import RunDirectory
 from core.runs.metrics import Metrics
-from core.runs.samples import SampleAnswer, read_answers, read_validation
+from core.runs.samples import SampleAnswer, read_answers
 from core.runs.utilisation import flops_per_token, mfu
+from core.runs.validation import Best, best_of, read_validation
 from pages.ui.charts import SMALL_POINTS, Line, line_chart
 from pages.ui.run_axes import Axis, ChartSettings, axis_of
 from pages.ui.run_data import gpu_names, model_shape, spec_of
@@ -55,6 +57,14 @@ def _loss(run: RunDirectory, metrics: Metrics, axis: Axis, settings: ChartSettin
     )
     if axis.shown_marks:
         st.caption(marks_legend(axis.shown_marks))
+    if best := best_of(run):
+        st.caption(_best_note(best, validation))
+
+
+def _best_note(best: Best, validation: NDArray[np.float64]) -> str:
+    """The lowest validation loss against the newest one: rising again, it says that the rows are being learned by heart."""
+    key = "monitor.best_at" if best.iteration else "monitor.best_at_start"
+    return t(key, loss=f"{best.loss:.4f}", iteration=f"{best.iteration:,}", latest=f"{validation[-1, 1]:.4f}")
 
 
 def _latest_answers(answers: list[SampleAnswer]) -> None:

@@ -9,10 +9,12 @@ from core.runs.failure import Failure, explain_failure
 from core.runs.metrics import Metrics
 from core.runs.progress import TrainProgress, measure
 from core.runs.state import Phase, RunStatus
+from core.runs.validation import Validated, best_of, early_end, is_validating
 from pages.ui import shell
 from pages.ui.run_actions import run_buttons
 from pages.ui.run_cluster import cluster_note
 from pages.ui.run_data import spec_of
+from pages.ui.run_tokenising import tokenising_note
 from pages.ui.run_waiting import waiting_note
 from pages.ui.text import duration, gib, say, t
 
@@ -28,6 +30,9 @@ _COLOURS = {
     Phase.LOST: "red",
 }
 _OUT_OF_MEMORY = ("cuda_oom", "train.errors.out_of_memory.what")
+
+_NOTED_AFTER_SECONDS = 4.0
+"""A validation that is over sooner is not worth a line that comes and goes."""
 
 
 def run_header(run: RunDirectory, status: RunStatus, metrics: Metrics) -> None:
@@ -92,14 +97,28 @@ def _notes(run: RunDirectory, status: RunStatus, metrics: Metrics) -> None:
         st.warning(t("monitor.unsupervised"), icon=":material/warning:")
     if status.stop_reason is not None:
         st.warning(t("health.stopped_by", what=t(f"health.kinds.{status.stop_reason}")), icon=":material/front_hand:")
+    if status.phase is Phase.FINISHED and (end := early_end(run)):
+        st.success(_early(run, end), icon=":material/flag:")
     if status.gpu_bytes_left:
         st.warning(t("monitor.memory_left", size=gib(status.gpu_bytes_left)), icon=":material/memory:")
     if status.phase is Phase.QUEUED:
         waiting_note(status)
     elif status.phase is Phase.STOPPING or (status.phase.is_active and run.stop_file.exists()):
         st.info(t("monitor.stop_sent"), icon=":material/save:")
-    elif status.phase.is_active and not len(metrics):
+    elif status.phase is Phase.RUNNING and is_validating(run, time.time() - _NOTED_AFTER_SECONDS):
+        st.info(t("monitor.validating"), icon=":material/fact_check:")
+    elif status.phase.is_active and not len(metrics) and not tokenising_note(run):
         st.info(t("monitor.starting"), icon=":material/hourglass_top:")
+
+
+def _early(run: RunDirectory, end: Validated) -> str:
+    """Why it ended before its planned end, and which checkpoint to take."""
+    best = best_of(run)
+    said = t("monitor.ended_early", iteration=f"{end.iteration:,}", patience=end.patience)
+    if best is None:
+        return said
+    key = "monitor.early_best" if best.checkpoint else "monitor.early_best_unsaved"
+    return f"{said} {t(key, iteration=f'{best.iteration:,}', loss=f'{best.loss:.4f}')}"
 
 
 def _progress_bar(status: RunStatus, progress: TrainProgress) -> None:

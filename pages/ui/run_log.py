@@ -4,10 +4,13 @@ import shlex
 
 import streamlit as st
 
+from core.chat.run_answers import links
 from core.errors import DanluError
+from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.logs import TAIL_BYTES, Level, log_file, read_tail, select
 from core.runs.samples import read_answers
+from pages.ui.chat_from_run import compare_button
 from pages.ui.text import gib, show_error, t
 
 _SHOWN_LINES = 500
@@ -16,7 +19,7 @@ _SHOWN_LINES = 500
 def run_log(run: RunDirectory) -> None:
     """The tail of the log, searched and filtered."""
     query, level = st.columns([3, 2], vertical_alignment="bottom")
-    needle = query.text_input(t("monitor.log_search"), key="monitor_log_search")
+    needle = query.text_input(t("monitor.log_search"), key="monitor_log_search", help=t("monitor.log_search_help"))
     levels = {name: t(f"monitor.levels.{name}") for name in Level}
     chosen = level.segmented_control(
         t("monitor.log_level"),
@@ -40,17 +43,22 @@ def show_lines(lines: list[str], *, has_log: bool, height: int = 380) -> None:
         st.code("\n".join(lines[-_SHOWN_LINES:]), language=None, wrap_lines=True)
 
 
-def run_samples(run: RunDirectory) -> None:
-    """Answers to each fixed prompt over time, the newest first."""
+def run_samples(project: Project, run: RunDirectory) -> None:
+    """Answers to each fixed prompt over time, the newest first; each can be asked anew beside the base model."""
     answers = read_answers(run)
     if not answers:
         st.caption(t("monitor.no_samples"))
         return
     prompts = list(dict.fromkeys(answer.prompt for answer in answers))
-    prompt = st.selectbox(t("monitor.sample_prompt"), prompts, key="monitor_sample_prompt")
-    for answer in reversed([answer for answer in answers if answer.prompt == prompt]):
+    prompt = st.selectbox(
+        t("monitor.sample_prompt"), prompts, key="monitor_sample_prompt", help=t("monitor.sample_prompt_help")
+    )
+    shown = [answer for answer in reversed(answers) if answer.prompt == prompt]
+    for answer, link in zip(shown, links(project, run, shown), strict=True):
         with st.container(border=True):
-            st.caption(t("monitor.sample_at", iteration=f"{answer.iteration:,}"))
+            with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+                st.caption(t("monitor.sample_at", iteration=f"{answer.iteration:,}"))
+                compare_button(project, link)
             st.text(answer.answer)
 
 

@@ -11,6 +11,7 @@ from core.runs.control import TrashEntry, delete, list_trash, restore
 from core.runs.directory import RunDirectory
 from core.runs.notes import Notes, write_notes
 from core.runs.summary import RunSummary
+from pages.ui.audit import note
 from pages.ui.text import duration, show_error, t
 
 _COLUMNS = (
@@ -69,9 +70,14 @@ def edit_notes(row: RunSummary, rows: list[RunSummary]) -> None:
     known = sorted({tag for each in rows for tag in each.notes.tags})
     with st.popover(t("runs.notes"), icon=":material/edit_note:", key="runs_notes"):
         tags = st.multiselect(
-            t("runs.tags"), known, default=row.notes.tags, accept_new_options=True, key=f"runs_tags_{row.run.id}"
+            t("runs.tags"),
+            known,
+            default=row.notes.tags,
+            accept_new_options=True,
+            key=f"runs_tags_{row.run.id}",
+            help=t("runs.tags_help"),
         )
-        text = st.text_area(t("runs.note"), row.notes.text, key=f"runs_note_{row.run.id}")
+        text = st.text_area(t("runs.note"), row.notes.text, key=f"runs_note_{row.run.id}", help=t("runs.note_help"))
         if st.button(t("runs.save_notes"), key="runs_save_notes", type="primary"):
             try:
                 write_notes(row.run, Notes(tuple(tags), text))
@@ -93,7 +99,7 @@ def confirm_delete(project: Project, runs: list[RunDirectory]) -> None:
             st.rerun()
         if yes.button(t("runs.delete"), key="runs_delete_yes", type="primary", width="stretch"):
             try:
-                entries = [delete(project, run) for run in runs]
+                entries = [_delete(project, run) for run in runs]
             except DanluError as error:
                 show_error(error)
                 return
@@ -101,6 +107,12 @@ def confirm_delete(project: Project, runs: list[RunDirectory]) -> None:
             st.rerun()
 
     confirm()
+
+
+def _delete(project: Project, run: RunDirectory) -> TrashEntry:
+    entry = delete(project, run)
+    note("delete", run.id)
+    return entry
 
 
 def trash(project: Project) -> None:
@@ -125,7 +137,7 @@ def trash(project: Project) -> None:
 def _restore(entries: list[TrashEntry]) -> None:
     try:
         for entry in entries:
-            restore(entry)
+            note("restore", restore(entry).id)
     except DanluError as error:
         show_error(error)
         return

@@ -10,6 +10,7 @@ from core.runs.devices import CPU
 from core.runs.directory import RunDirectory
 from core.runs.jobs import kind_of
 from core.runs.state import RunStatus, read_status
+from pages.ui.audit import note
 from pages.ui.text import show_error, t
 
 
@@ -33,6 +34,7 @@ def waiting_note(status: RunStatus) -> None:
         ):
             try:
                 request_stop(run, "cancel")
+                note("cancel", run.id)
             except DanluError as error:
                 show_error(error)
 

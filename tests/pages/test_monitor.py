@@ -105,8 +105,11 @@ def test_every_view_of_a_live_run(project: Project, monkeypatch: pytest.MonkeyPa
         run.alerts_file,
         {"alerts": [alert | {"params": {"loss": 3.5, "usual": 1.5}}], "webhook": {"sent": 2, "failed": 1}},
     )
+    with open(run.validation_file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"iteration": 20, "begun_at": time.time() - 60}) + "\n")
     for view in VIEWS:
         app = show(project, "monitor", monkeypatch, language, monitor_view=view)
+        assert any(info.icon == ":material/fact_check:" for info in app.info), "why no step comes"
         assert "3.5" in texts(app), "an open alert is above every view"
         assert app.button(key="monitor_stop_save").label
         assert app.button(key="monitor_cancel").label
@@ -147,6 +150,20 @@ def test_out_of_memory_offers_the_config(project: Project, monkeypatch: pytest.M
     monkeypatch.setattr("streamlit.switch_page", lambda page, **_options: went.append(page))
     app.button(key="monitor_fit").click().run()
     assert (went, app.session_state["launch_config"]) == (["pages/train/launch.py"], "tiny")
+
+
+def test_an_early_end_is_said_with_the_best_checkpoint(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(project, "early", "pass")
+    lines = [{"iteration": 0, "loss": 3.0}, {"iteration": 10, "loss": 1.25, "is_best": True}]
+    lines += [{"iteration": 20, "loss": 1.5, "patience": 1, "ends": True}]
+    run.validation_file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    save_checkpoint(run, 10)
+    wait_for(run, Phase.FINISHED)
+    app = show(project, "monitor", monkeypatch)
+    (said,) = [box.value for box in app.success]
+    assert said.startswith("Ended early: by step 20")
+    assert "step 10 (validation loss 1.2500)" in said
+    assert any("Lowest validation loss 1.2500 (step 10), latest 1.5000" in caption.value for caption in app.caption)
 
 
 def test_stopped_by_an_alert_is_said(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

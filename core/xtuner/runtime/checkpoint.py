@@ -1,25 +1,27 @@
 """Saves checkpoints so that one that was not finished is never taken for one that was. Runs in the trainer's process.
 
-Without DeepSpeed they are written behind the training: the step waits for a copy in memory, not for the disk.
+They are written behind the training: the step waits for a copy in memory, not for the disk. Not with DeepSpeed on several ranks,
+where one checkpoint is whole only when every rank has written its part: that would take a word between the ranks in the middle of
+a later step. Nor where memory is short of a copy.
 """
 
-import copy
-import os
-import shutil
-from collections.abc import Callable, Iterator
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook
 
-from core.files import write_text
+from core.files import write_json, write_text
+from core.runs.saving import SAVING_FILE, Saving
+from core.xtuner.runtime import snapshot
+from core.xtuner.runtime.whole import PARTIAL, remove, write_alone, write_whole
 
-PARTIAL: Final = ".partial"
-"""Ends the (hidden) name of what is being written or removed: no reader takes it for a checkpoint."""
 _RANDOM: Final = "danlu_random_state"
+_BEST: Final = "danlu_best"
+"""In the message hub: the iteration of the best checkpoint, and which ones were saved only for being the best."""
 
 
 class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
@@ -27,6 +29,8 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
 
     mmengine removes the oldest checkpoint before it writes the new one; with `max_keep_ckpts=1` a kill in between leaves
     nothing. The state of the random generators is saved too, so that a resumed run draws the same dropout masks.
+
+    The best checkpoint by validation loss is kept beside the `max_keep_ckpts` newest.
 
     What fails while it writes behind the training (a full disk) is raised at the next iteration, save or end.
     """
@@ -36,8 +40,18 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
         self._restored: dict[str, Any] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._saving = Saving()
+        self._reusable_bytes = 0
         self.saved_iteration: int | None = None
         """Iteration of the last checkpoint of this process."""
+        self._best: int | None = None
+        self._beside: list[int] = []
+        """Iterations that were saved, or kept, only for being the best."""
+
+    def mark_best(self, runner: Any, iteration: int) -> None:
+        """The checkpoint of this iteration is to be kept as the best so far; it is saved with the hooks of its step."""
+        self._best = iteration
+        runner.message_hub.update_info(_BEST, [iteration, *self._beside])
 
     def save_now(self, runner: Any) -> None:
         """Save after the current iteration, unless that is done already."""
@@ -49,6 +63,8 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
         super().before_train(runner)
         if runner.iter > 0 and _RANDOM in runner.message_hub.runtime_info:
             self._restored = runner.message_hub.get_info(_RANDOM)
+        if _BEST in runner.message_hub.runtime_info:
+            self._best, *self._beside = runner.message_hub.get_info(_BEST)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """The first iteration after a resume: put the generators where they were, after all that drew from them at the start."""
@@ -61,6 +77,11 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
         if self._writing is not None and self._writing.done():
             self.wait()
         super().after_train_iter(runner, batch_idx, data_batch=data_batch, outputs=outputs)
+        step = runner.iter + 1
+        if self._best == step != self.saved_iteration:
+            self._beside.append(step)
+            runner.message_hub.update_info(_BEST, [step, *self._beside])
+            self.save_now(runner)
 
     def after_train(self, runner: Any) -> None:
         self.wait()
@@ -74,6 +95,9 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
             writing.result()
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
+        if step == self.saved_iteration:  # Saved already in this step, for a reason of its own.
+            return
+        begun = time.perf_counter()
         name = self.filename_tmpl.format(step)
         target, partial = Path(self.out_dir) / name, Path(self.out_dir) / f".{name}{PARTIAL}"
         stale = self._remember(runner, step)
@@ -81,32 +105,65 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         # The hub is saved with plain and DeepSpeed checkpoints alike, and rank 0's states are every rank's.
         runner.message_hub.update_info(_RANDOM, random_state())
-        if type(runner).__name__ == "Runner":
-            self._save_behind(runner, partial, target, stale, meta)
-        else:  # DeepSpeed: every rank writes, and the engine gathers while it does
+        if engine_of(runner) is not None and get_world_size() > 1:
             write_whole(partial, target, lambda: self._save(runner, partial.name, meta))
-            if is_main_process():
-                self._note(runner.work_dir, target, stale)
+            self._wait_because(runner, "deepspeed")
+            is_written = True
+        else:
+            is_written = not self._write_behind(runner, partial, target, stale, meta)
+        if is_written and is_main_process():
+            self._note(runner.work_dir, target, stale, time.perf_counter() - begun)
         self.saved_iteration = step
 
-    def _save_behind(self, runner: Any, partial: Path, target: Path, stale: list[int], meta: dict[str, Any]) -> None:
-        """Copy what the checkpoint holds, and let it be written while training goes on. One at a time."""
+    def _write_behind(self, runner: Any, partial: Path, target: Path, stale: list[int], meta: dict[str, Any]) -> bool:
+        """Copy what the checkpoint holds, and let it be written while training goes on. False: memory is short, it is written already."""
+        begun = time.perf_counter()
         self.wait()
-        held = capture(lambda: self._save(runner, partial.name, meta))
-        if held is None:
-            return
-        work_dir = runner.work_dir
+        files = self._capture(runner, partial, meta)
+        if not files:  # rank 0 writes
+            return True
+        taken = snapshot.take(files, reusable_bytes=self._reusable_bytes)
+        if not taken.is_copy:
+            self._wait_because(runner, "memory", taken)
+            write_alone(partial, target, taken.write)
+            return False
+        self._reusable_bytes = taken.need_bytes if taken.copied is not None else 0
+        work_dir, waited_seconds = runner.work_dir, time.perf_counter() - begun
 
         def write() -> None:
-            write_alone(partial, target, lambda: torch.save(held, partial))
-            self._note(work_dir, target, stale)
+            write_alone(partial, target, taken.write)
+            self._note(work_dir, target, stale, waited_seconds, is_behind=True)
 
         self._writing = self._pool.submit(write)
+        return True
 
-    def _note(self, work_dir: str, target: Path, stale: list[int]) -> None:
+    def _capture(self, runner: Any, partial: Path, meta: dict[str, Any]) -> snapshot.Files:
+        if is_main_process():
+            remove(partial)
+        engine = engine_of(runner)
+        if engine is None:
+            return snapshot.of_runner(lambda: self._save(runner, partial.name, meta), partial)
+        return snapshot.of_engine(lambda: self._save(runner, partial.name, meta), engine)
+
+    def _wait_because(self, runner: Any, why: str, taken: snapshot.Snapshot | None = None) -> None:
+        """Say once why training stands still while it is saved."""
+        if self._saving.why == why:
+            return
+        self._saving.why = why
+        reason = "DeepSpeed saves on all ranks together"
+        if taken is not None:
+            gib = [f"{(size or 0) / 2**30:.1f} GiB" for size in (taken.need_bytes, taken.available_bytes)]
+            reason = f"a copy takes {gib[0]} of memory, {gib[1]} are free"
+        runner.logger.info(f"Training waits while checkpoints are written: {reason}.")
+
+    def _note(
+        self, work_dir: str, target: Path, stale: list[int], waited_seconds: float, *, is_behind: bool = False
+    ) -> None:
         write_text(Path(work_dir) / "last_checkpoint", str(target))
         for old in stale:
             remove(Path(self.out_dir) / self.filename_tmpl.format(old))
+        self._saving.add(waited_seconds, is_behind=is_behind)
+        write_json(Path(work_dir) / SAVING_FILE, self._saving.to_json())
 
     def _save(self, runner: Any, name: str, meta: dict[str, Any]) -> None:
         runner.save_checkpoint(
@@ -123,89 +180,26 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
 
     def _remember(self, runner: Any, step: int) -> list[int]:
         """Note `step` among those kept; returns the steps that are too many now."""
-        if self.max_keep_ckpts <= 0:
-            return []
-        kept = [old for old in self.keep_ckpt_ids if old != step] + [step]
-        stale, kept = kept[: -self.max_keep_ckpts], kept[-self.max_keep_ckpts :]
-        self.keep_ckpt_ids.clear()
-        self.keep_ckpt_ids.extend(kept)
-        runner.message_hub.update_info("keep_ckpt_ids", list(kept))
-        return stale
+        stale: list[int] = []
+        if self.max_keep_ckpts > 0:
+            kept = [old for old in self.keep_ckpt_ids if old != step]
+            if step not in self._beside:
+                kept.append(step)
+            stale, kept = kept[: -self.max_keep_ckpts], kept[-self.max_keep_ckpts :]
+            self.keep_ckpt_ids.clear()
+            self.keep_ckpt_ids.extend(kept)
+            runner.message_hub.update_info("keep_ckpt_ids", list(kept))
+        if self._best is None:
+            return stale
+        unneeded = {*stale, *self._beside}
+        self._beside = [self._best] if self._best in unneeded else []
+        runner.message_hub.update_info(_BEST, [self._best, *self._beside])
+        return sorted(unneeded - {self._best})
 
 
-def capture(save: Callable[[], None]) -> dict[str, Any] | None:
-    """What mmengine's runner would write when it is told to `save`, safe from changes; None where it writes nothing (rank > 0)."""
-    from mmengine.runner import runner as room
-
-    taken: list[dict[str, Any]] = []
-
-    def take(checkpoint: dict[str, Any], *_arguments: Any, **_options: Any) -> None:
-        taken.append(checkpoint)
-
-    kept, room.save_checkpoint = room.save_checkpoint, take
-    try:
-        save()
-    finally:
-        room.save_checkpoint = kept
-    if not taken:
-        return None
-    # On a GPU mmengine has copied the tensors to the CPU already; there they are the live ones, which the next step changes.
-    known = {id(tensor): tensor for tensor in tensors(taken[0])} if torch.cuda.is_available() else {}
-    held: dict[str, Any] = copy.deepcopy(taken[0], known)
-    return held
-
-
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from tensors(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from tensors(inner)
-
-
-def write_alone(partial: Path, target: Path, write: Callable[[], None]) -> None:
-    """Let this process `write` to `partial`, then give it its name. What a failed write left is removed."""
-    remove(partial)
-    try:
-        write()
-    except BaseException:
-        remove(partial)
-        raise
-    _flush(partial)
-    partial.replace(target)
-
-
-def write_whole(partial: Path, target: Path, write: Callable[[], None]) -> None:
-    """Let every rank `write` to `partial`, then give it its name. What a failed write left is removed."""
-    if is_main_process():
-        remove(partial)
-    barrier()
-    try:
-        write()
-    except BaseException:
-        if is_main_process():
-            remove(partial)
-        raise
-    barrier()
-    if is_main_process():
-        _flush(partial)
-        if target.is_dir():
-            remove(target)
-        partial.replace(target)
-    barrier()
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint, file or folder, so that a kill in the middle leaves nothing under its name."""
-    if path.is_dir():
-        doomed = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.removed{PARTIAL}"))
-        shutil.rmtree(doomed)
-    else:
-        path.unlink(missing_ok=True)
+def engine_of(runner: Any) -> Any:
+    """DeepSpeed's engine that drives this runner; None where none does."""
+    return getattr(getattr(runner, "strategy", None), "model", None)
 
 
 def random_state() -> dict[str, Any]:
@@ -220,13 +214,3 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk before the rename: after a power cut the name must not stand for an empty file."""
-    for file in [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

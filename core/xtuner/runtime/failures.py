@@ -14,6 +14,9 @@ _KNOWN: Final[tuple[tuple[str, type[DanluError], str], ...]] = (
     ("Address already in use", MachineError, "train.port_in_use"),
     ("EADDRINUSE", MachineError, "train.port_in_use"),
     ("No space left on device", MachineError, "train.disk_full"),
+    # What torch.save says of a disk that became full while it wrote.
+    ("PytorchStreamWriter failed", MachineError, "train.disk_full"),
+    ("unexpected pos", MachineError, "train.disk_full"),
 )
 """A piece of the message → what it means."""
 

@@ -23,7 +23,8 @@ class LiveHook(Hook):  # type: ignore[misc]
     and tokens travel in one asynchronous all-reduce that is read a step later: training never waits for it.
     """
 
-    priority = "LOW"
+    # Before sample answers (LOW) and validation, which are no part of the step.
+    priority = 65
 
     def __init__(self, run: str) -> None:
         self._path = Path(run) / "metrics.jsonl"
@@ -40,10 +41,9 @@ class LiveHook(Hook):  # type: ignore[misc]
         del runner
         if get_rank() == 0:
             self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until after_train
-        self.mark()
 
     def mark(self) -> None:
-        """The next step begins now: what came before (saving, sample answers) is not counted to it."""
+        """The next step begins now: what came before (validation, saving, sample answers) is not counted to it."""
         self._mark = time.perf_counter()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -117,6 +117,10 @@ class StopHook(Hook):  # type: ignore[misc]
         self._accumulation = accumulation
         self._seen_at: float | None = None
 
+    def before_train(self, runner: Any) -> None:
+        """After every other hook's: the first step begins now."""
+        find(runner, LiveHook).mark()
+
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Decide before the step, so that its loss carries the word to the other ranks."""
         del batch_idx, data_batch
@@ -127,14 +131,14 @@ class StopHook(Hook):  # type: ignore[misc]
         heard_at = runner.iter + (1 if get_world_size() == 1 else 2)
         is_whole = heard_at % self._accumulation == 0
         if is_whole or time.monotonic() - self._seen_at > _WINDOW_SECONDS:
-            _find(runner, LiveHook).will_stop = True
+            find(runner, LiveHook).will_stop = True
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         del batch_idx, data_batch, outputs
-        live = _find(runner, LiveHook)
+        live = find(runner, LiveHook)
         if live.must_stop:
             runner.logger.info(f"Stop asked for: saving at iteration {runner.iter + 1} and ending.")
-            _find(runner, WholeCheckpointHook).save_now(runner)
+            find(runner, WholeCheckpointHook).save_now(runner)
             runner.train_loop.stop_training = True
         live.mark()
 
@@ -159,5 +163,6 @@ def count_tokens(data_batch: Any) -> int:
     return 0 if ids is None else int(ids.numel())
 
 
-def _find(runner: Any, kind: type[Any]) -> Any:
+def find(runner: Any, kind: type[Any]) -> Any:
+    """The run's hook of this class."""
     return next(hook for hook in runner.hooks if isinstance(hook, kind))

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,23 @@ def test_tickets_and_locks_of_the_dead_block_nobody(tmp_path: Path) -> None:
     assert list((tmp_path / "queue").glob("*.json")) == []
 
 
+def test_a_clock_that_was_set_back_blocks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tickets are in order of the clock: who comes after it was set back goes first, and the other one next."""
+    now = time.time_ns()
+    holder, first = claim(tmp_path, "/holder", "GPU-1"), claim(tmp_path, "/first", "GPU-1")
+    assert holder.take()
+    assert not first.take()
+    monkeypatch.setattr("core.runs.devices.time.time_ns", lambda: now - 3600 * 10**9)
+    second = claim(tmp_path, "/second", "GPU-1")
+    assert not second.take()
+    holder.release()
+    assert not first.take()
+    assert second.take()
+    second.release()
+    assert first.take()
+    first.release()
+
+
 def test_a_broken_ticket_is_removed(tmp_path: Path) -> None:
     (tmp_path / "queue").mkdir()
     (tmp_path / "queue" / "00000000000000000001_1.json").write_text("{half", encoding="utf-8")
@@ -132,7 +151,7 @@ def test_waiting_run_can_be_cancelled(start: Start) -> None:
 def test_gpu_stays_taken_while_the_trainer_of_a_killed_supervisor_lives(start: Start) -> None:
     first = start("--steps", "100000", gpus=("GPU-x",))
     wait_until(first.metrics_file.exists)
-    status = read_status(first)
+    status = wait_for(first, Phase.RUNNING)
     assert status.supervisor_pid is not None
     assert status.pid is not None
     os.kill(status.supervisor_pid, signal.SIGKILL)
@@ -177,3 +196,62 @@ def test_a_run_started_by_a_job_outlives_it(start: Start, project: Project) -> N
     job = start(argv=[sys.executable, "-c", code, str(project.train), json.dumps(inner), root], kind="reshape")
     wait_for(job, Phase.FINISHED, Phase.FAILED)
     assert wait_for(RunDirectory(project.train / "inner"), Phase.FINISHED, Phase.CANCELLED).phase is Phase.FINISHED
+
+
+_TWO_SERVERS = """
+import sys, time
+from pathlib import Path
+from core.errors import ConflictError
+from core.project import Project
+from core.runs.directory import RunSpec
+from core.runs.launch import launch, now_utc, start_job
+name, root, trainer, go = sys.argv[1:]
+project = Project(Path(root))
+print("ready", flush=True)
+while not Path(go).exists():
+    time.sleep(0.001)
+for number in range(3):
+    run = project.train / f"run_{number}"
+    argv = [sys.executable, trainer, str(run), "--steps", "2"]
+    try:
+        launch(project.train, RunSpec(id=run.name, kind="train", title=name, argv=argv, cwd=root, created_at=now_utc()))
+        print("started", run.name, flush=True)
+    except ConflictError as error:
+        assert error.code == "runs.already_started", error
+    print("job", start_job(project, "core.files:tree_size_bytes", kind="copy", title=name, arguments={}).id, flush=True)
+"""
+
+
+def test_two_servers_share_one_queue(project: Project, tmp_path: Path) -> None:
+    """Two processes start the same three runs at the same time: each runs once, as whoever started it said, one after the other."""
+    go = tmp_path / "go"
+    servers = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", _TWO_SERVERS, name, str(project.root), str(TRAINER), str(go)],
+            cwd=Path(__file__).parents[3],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("first", "second")
+    }
+    for server in servers.values():
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+    go.touch()
+    said = {name: server.communicate(timeout=120)[0].split() for name, server in servers.items()}
+    assert [server.returncode for server in servers.values()] == [0, 0]
+    runs = [RunDirectory(project.train / f"run_{number}") for number in range(3)]
+    spans = []
+    for run in runs:
+        (starter,) = [name for name, words in said.items() if run.id in words]
+        assert run.spec().title == starter
+        status = wait_for(run, Phase.FINISHED)
+        assert status.started_at is not None
+        assert status.ended_at is not None
+        spans.append((status.started_at, status.ended_at))
+    for (_, end), (begin, _) in pairwise(sorted(spans)):
+        assert begin >= end
+    jobs = [word for words in said.values() for word in words if word.startswith("copy_")]
+    assert len(set(jobs)) == 6
+    for job in jobs:
+        wait_for(RunDirectory(project.jobs / job), Phase.FINISHED, Phase.FAILED)

@@ -18,7 +18,6 @@ from core.runs.directory import RunDirectory
 from core.runs.launch import now_utc
 from core.runs.metrics import COLUMNS, merge_resumes
 from core.runs.notes import Notes, clean_tags, read_notes, write_notes
-from core.runs.samples import read_validation
 from core.runs.sampling import Sampler
 from core.runs.state import Phase, read_status
 from core.runs.summary import summarize
@@ -119,9 +118,11 @@ def test_event_file_can_be_read_back(tmp_path: Path) -> None:
     rows[:, COLUMNS.index("iteration")] = [1, 2, 300]
     rows[:, COLUMNS.index("loss")] = [3.0, math.nan, 1.5]
     rows[:, COLUMNS.index("at")] = [10.0, 11.0, 12.5]
-    events = read_records(write_events(merge_resumes(rows), tmp_path / "events").read_bytes())
+    validation = [(0, 4.0), (200, 2.5)]
+    events = read_records(write_events(merge_resumes(rows), tmp_path / "events", validation).read_bytes())
     assert events[0].endswith(b"brain.Event:2")
-    assert len(events) == 3, "NaN is no point"
+    assert [b"validation/loss" in event for event in events] == [False, False, False, True, True], "NaN is no point"
+    assert struct.unpack("<f", events[4][-4:]) == (2.5,)
     last = events[2]
     assert struct.unpack("<d", last[1:9]) == (12.5,)
     assert last[9:12] == b"\x10\xac\x02", "300 as a varint"
@@ -138,20 +139,6 @@ def read_records(data: bytes) -> list[bytes]:
         found.append(body)
         offset += 16 + length
     return found
-
-
-def test_validation_losses(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    assert read_validation(run) == []
-    lines = [
-        '{"iteration": 10, "loss": 2.0}',
-        '{"iteration": 20, "loss": NaN}',
-        '{"iteration": 10, "loss": 1.5}',
-        "x",
-        "{}",
-    ]
-    run.validation_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert read_validation(run) == [(10, 1.5)]
 
 
 def test_summary_counts_all_attempts(start: Start) -> None:
@@ -192,9 +179,10 @@ def test_utilisation_formula() -> None:
 
 @pytest.mark.parametrize(
     ("name", "teraflops"),
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA L40S", 362),
-     ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165.2), ("Tesla T4", 65), ("NVIDIA A10G", 125),
-     ("NVIDIA RTX A4000", None), ("NVIDIA H20", 148)],
+    [("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.4), ("NVIDIA L40S", 362),
+     ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165.2), ("Tesla T4", 65), ("NVIDIA A10G", 70),
+     ("NVIDIA A10", 125), ("NVIDIA GeForce RTX 3090 Ti", 80), ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GH200 480GB", 989.4),
+     ("NVIDIA H100 NVL", 835), ("NVIDIA RTX A4000", None), ("NVIDIA H20", 148), ("NVIDIA A100-SXM4-80GB", 312)],
 )  # fmt: skip
 def test_peak_by_name(name: str, teraflops: float | None) -> None:
     assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)

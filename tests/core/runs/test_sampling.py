@@ -41,6 +41,9 @@ class FakeNvml:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
 
+    def nvmlDeviceGetMigMode(self, _index: int) -> list[int]:
+        raise FakeError("not supported")
+
     def nvmlDeviceGetMemoryInfo(self, index: int) -> Any:
         return SimpleNamespace(used=(index + 1) * 100, total=1000)
 

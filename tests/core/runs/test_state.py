@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConflictError, InputError
+from core.files import write_json
 from core.project import Project
 from core.runs import processes
 from core.runs.control import delete, list_trash, request_stop, restore
@@ -16,7 +17,7 @@ from core.runs.directory import RunDirectory
 from core.runs.jobs import active_runs, find_run, list_runs
 from core.runs.metrics import MetricsReader
 from core.runs.sampling import Sampler
-from core.runs.state import Phase, read_status
+from core.runs.state import Phase, RunStatus, read_status
 from core.runs.state_writer import StateWriter
 from core.runs.summary import summarize
 from tests.core.runs.conftest import Start, wait_for
@@ -157,3 +158,23 @@ def test_summary(start: Start) -> None:
     assert (summary.iteration, summary.total_iterations, summary.title) == (4, 4, "echo")
     assert summary.loss == pytest.approx((3 + 1.5 + 1 + 0.75) / 4)
     assert summary.tokens_per_second == pytest.approx(128 / 0.02)
+
+
+def test_a_clock_that_was_set_back_or_forward(tmp_path: Path) -> None:
+    """No time runs backwards on the page, and a file from the future is no sign of life."""
+    now = time.time()
+    for started_at, elapsed in ((now + 3600, 0.0), (now - 60, 60.0)):
+        status = RunStatus(Phase.RUNNING, started_at=started_at)
+        assert status.elapsed_seconds(now) == pytest.approx(elapsed)
+    assert RunStatus(Phase.FINISHED, started_at=now, ended_at=now - 3600).elapsed_seconds() == 0.0
+    scalars = tmp_path / "20250101_000000" / "vis_data" / "scalars.json"
+    scalars.parent.mkdir(parents=True)
+    scalars.touch()
+    run = RunDirectory(tmp_path)
+    for shift, phase in ((0, Phase.RUNNING), (-3600, Phase.FINISHED), (3600, Phase.FINISHED)):
+        os.utime(scalars, (now + shift, now + shift))
+        assert read_status(run).phase is phase
+    write_json(run.spec_file, {})
+    for shift, phase in ((0, Phase.STARTING), (-3600, Phase.LOST), (3600, Phase.LOST)):
+        os.utime(run.spec_file, (now + shift, now + shift))
+        assert read_status(run).phase is phase

@@ -5,9 +5,13 @@ from pathlib import Path
 from core.xtuner import command
 
 
-def test_always_torchrun_with_the_given_python() -> None:
-    for world_size in (1, 4):
-        argv = command.training_argv("/venv/bin/python", Path("/p/train/run"), world_size=world_size, port=29123)
+def test_torchrun_for_several_processes_with_the_given_python() -> None:
+    alone = command.training_argv("/venv/bin/python", Path("/p/train/run"), world_size=1, port=29123)
+    assert alone == ["/venv/bin/python", "-m", "core.xtuner.runtime.entry", "/p/train/run"]
+    for world_size, is_old in ((1, True), (4, False)):
+        argv = command.training_argv(
+            "/venv/bin/python", Path("/p/train/run"), world_size=world_size, port=29123, needs_torchrun=is_old
+        )
         assert argv[:3] == ["/venv/bin/python", "-m", "torch.distributed.run"]
         assert argv[argv.index("--nproc_per_node") + 1] == str(world_size)
         assert argv[-3:] == ["-m", "core.xtuner.runtime.entry", "/p/train/run"]

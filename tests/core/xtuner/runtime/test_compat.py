@@ -136,7 +136,7 @@ def test_a_warmup_without_iterations_is_left_out() -> None:
 
 
 def test_what_fails_while_saving_leaves_nothing(tmp_path: Path) -> None:
-    from core.xtuner.runtime.checkpoint import write_whole
+    from core.xtuner.runtime.whole import write_whole
 
     target, partial = tmp_path / "iter_4.pth", tmp_path / ".iter_4.pth.partial"
     target.write_text("whole")

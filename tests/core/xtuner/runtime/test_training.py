@@ -13,12 +13,15 @@ from core.config.source import ConfigSource
 from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.job import SilentProgress
+from core.runs.saving import read_saving
+from core.runs.startup import PHASES, read_startup
 from core.runs.state import Phase
 from core.runs.train import TrainRequest
+from core.runs.validation import best_of, early_end
 from core.xtuner.runtime.speed.parts import read_reports
 from tests.core.chat.conftest import wait_for
 from tests.models import write_tiny_internlm2, write_tiny_llama, write_tiny_qwen2
-from tests.training import Trained, make_project, train
+from tests.training import Trained, make_project, train, validate_on
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -52,6 +55,16 @@ def test_a_run_leaves_metrics_samples_and_checkpoints(internlm2: tuple[Project, 
     }
     assert all(inspect_checkpoint(whole.run.path / name).is_complete for name in kept)
     assert not list(whole.run.path.glob(".*partial"))
+    startup, saving = read_startup(whole.run.path, whole.status.started_at), read_saving(whole.run.path)
+    assert startup is not None
+    assert list(startup.seconds) == list(PHASES)
+    assert 0 < startup.total_seconds <= whole.lines[0]["at"] - (whole.status.started_at or 0) + 0.01
+    assert saving is not None
+    assert (saving.count, saving.behind, saving.why) == (
+        len(range(4, total + 1, 4)) + bool(total % 4),
+        saving.count,
+        None,
+    )
 
 
 def test_the_log_says_what_was_patched_and_why(internlm2: tuple[Project, Path, Trained]) -> None:
@@ -87,8 +100,8 @@ def test_resumed_and_stopped_run_goes_on_bit_for_bit(internlm2: tuple[Project, P
     resumed = train(project, TrainRequest(config=config, name="rest", resume=saved, seed=None))
     assert resumed.status.exit_code == 0, resumed.log[-3000:]
     assert first.losses | resumed.losses == whole.losses
-    # The second run took the first one's tokenised data; a resumed one has the checkpoint's seed, not known beforehand.
-    assert ["tokenised data from" in run.log for run in (whole, first, resumed)] == [False, True, False]
+    # The second run took the first one's tokenised data, and so did the third: its seed is that of the checkpoint.
+    assert ["danlu: tokenising" in run.log for run in (whole, first, resumed)] == [True, False, False]
 
 
 def test_internlm2_goes_all_the_way_to_a_chat(internlm2: tuple[Project, Path, Trained]) -> None:
@@ -126,6 +139,7 @@ def test_internlm2_goes_all_the_way_to_a_chat(internlm2: tuple[Project, Path, Tr
 
 def test_deepspeed_on_two_processes_trains_and_resumes(tmp_path: Path) -> None:
     project, config = make_project(tmp_path / "p", write_tiny_llama, model__lora__lora_dropout=0.0)
+    validate_on(project, config, validation_freq=4)
     options = {"deepspeed": "deepspeed_zero2", "cpu_processes": 2}
     # Both micro-batches of a window at once, and samples that see each other as in stock XTuner.
     seeing = {"parts": ["fast_pass", "grouped_micro_batches", "selective_recomputation"], "tokens_per_pass": 128}
@@ -142,14 +156,26 @@ def test_deepspeed_on_two_processes_trains_and_resumes(tmp_path: Path) -> None:
     assert "2 micro-batches, 128 tokens in a pass" in whole.log
     stock = train(project, TrainRequest(config=config, name="stock", speed="off", **options))
     assert stock.losses == pytest.approx(whole.losses, abs=1e-4)
+    # By the fast pass and by the stock one, over the rows of both processes.
+    assert stock.validations == pytest.approx(whole.validations, abs=1e-4)
+    assert len(whole.validations) >= 3
+    assert rest.validations == {step: loss for step, loss in whole.validations.items() if step > 4}
     moved = [line["iteration"] for line in stock.lines if line["grad_norm"]]
     assert moved == [line["iteration"] for line in whole.lines if line["grad_norm"]]
 
 
 def test_qlora_trains_on_the_cpu(tmp_path: Path) -> None:
     project, config = make_project(tmp_path / "p", write_tiny_qwen2, method="qlora", evaluation_inputs=["你是谁？"])
+    validate_on(project, config, validation_freq=4, early_stop_patience=2, early_stop_min_delta=9.0)
     trained = train(project, TrainRequest(config=config))
     assert trained.status.exit_code == 0, trained.log[-3000:]
+    # Nothing falls by 9: it ends early after two validations, as a run that is finished, with its weights saved.
+    end, best = early_end(trained.run), best_of(trained.run)
+    assert end is not None
+    assert best is not None
+    assert (trained.status.phase, end.iteration, max(trained.losses)) == (Phase.FINISHED, 8, 8)
+    assert trained.lines[-1]["total_iterations"] > 8
+    assert best.checkpoint == trained.run.path / "iter_8.pth"
     assert json.loads((trained.run.path / "run.json").read_text())["details"]["method"] == "qlora"
     assert trained.lines[-1]["loss"] < trained.lines[0]["loss"]
 
