@@ -166,7 +166,8 @@ def test_no_file_crashes_validation(tmp_path: Path, content: bytes, suffix: str)
     try:
         report = validate(path)
     except InputError as error:
-        assert error.code == "data.archive"
+        if error.code != "data.archive":
+            raise
         return
     json.dumps(report.to_json())
     assert report.good_rows <= report.rows
