@@ -3,6 +3,7 @@
 A patch changes a library in this process, or the loaded config; never a file. `apply` says which were applied and why.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -138,6 +139,15 @@ def finish_gathers() -> None:
     TorchBackend.all_gather_into_tensor = finished
 
 
+def skip_shared_memory() -> None:
+    """Let DeepSpeed begin on a CPU without its shared-memory extension, which only inference calls.
+
+    It compiles it when the process group is made: a minute or two, with every rank waiting for a lock file. A process killed
+    meanwhile leaves the file, and every later training on this machine waits for ever.
+    """
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
 def _set_gloo(config: Any, _facts: Facts) -> None:
     config.merge_from_dict({"env_cfg": {"dist_cfg": {"backend": "gloo"}}})
 
@@ -250,6 +260,13 @@ PATCHES: Final[tuple[Patch, ...]] = (
         "mmengine <= 0.10.7",
         lambda _config, facts: facts.is_cpu and facts.world_size > 1 and not facts.deepspeed,
         _set_ddp_on_cpu,
+    ),
+    Patch(
+        "no_shared_memory",
+        "DeepSpeed compiles an extension for inference at its first start on a CPU; killed meanwhile, it blocks every later start",
+        "deepspeed <= 0.19.6",
+        lambda _config, facts: facts.is_cpu and bool(facts.deepspeed),
+        lambda _config, _facts: skip_shared_memory(),
     ),
     Patch(
         "zero3_gathers",

@@ -50,6 +50,7 @@ CASES = {
     "zero2 to zero3 to zero2": Case([2, 1, 2], dict(stage=2), [3, 2]),
     "plain to zero2 to plain": Case([1, 2, 1], dict(stage=0), [2, 0]),
     "plain lora to zero1 to plain": Case([1, 2, 1], dict(stage=0, lora=True, exclude_frozen=True), [1, 0]),
+    "plain to zero3 to plain": Case([1, 2, 1], dict(stage=0), [3, 0]),
     "bf16 zero1 there and back": Case([2, 1, 2], dict(stage=1, dtype="bf16")),
     "bf16 there and back": Case([2, 3, 2], dict(stage=3, dtype="bf16", lora=True, exclude_frozen=True)),
 }

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from core.checkpoints.plain_layout import numbered
-from core.xtuner.runtime.compat import finish_gathers
+from core.xtuner.runtime.compat import finish_gathers, skip_shared_memory
 
 GLOBAL_BATCH = 12
 
@@ -186,6 +186,7 @@ def work(rank: int, order: dict) -> None:
 
 if __name__ == "__main__":
     finish_gathers()
+    skip_shared_memory()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What DeepSpeed prints is no answer.
     for line in sys.stdin:

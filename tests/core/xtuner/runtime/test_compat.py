@@ -1,5 +1,6 @@
 """The patches: each does what it says, and InternLM2's generation with them equals greedy decoding without a cache."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,17 @@ def test_zero3_on_gloo_waits_for_every_gather(monkeypatch: pytest.MonkeyPatch) -
     assert works[0].is_done
     works.pop(0)
     assert TorchBackend.all_gather_into_tensor(None, "output", "input") is None
+
+
+def test_deepspeed_compiles_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from core.xtuner.runtime import compat
+
+    backend = importlib.import_module("deepspeed.comm.torch")
+    monkeypatch.setattr(backend, "build_shm_op", backend.build_shm_op)
+    facts = compat.Facts(is_cpu=True, deepspeed="deepspeed_zero2")
+    assert "no_shared_memory" in {patch.name for patch in compat.PATCHES if patch.is_needed(config(), facts)}
+    compat.skip_shared_memory()
+    assert backend.build_shm_op() is None
 
 
 def test_a_gpu_config_keeps_its_precision() -> None:
