@@ -20,8 +20,11 @@ class Settings(BaseModel):
     """Python that trains, when it is not the one that runs the app (`DANLU_PYTHON`)."""
 
 
-def load(environ: Mapping[str, str] = os.environ) -> Settings:
+def load(environ: Mapping[str, str] | None = None) -> Settings:
     """Settings from `DANLU_<FIELD>` variables; empty ones count as not set. Raises pydantic.ValidationError on a wrong value."""
+    environ = (
+        os.environ if environ is None else environ
+    )  # looked up now: datasets puts a copy of it in its place when it is imported
     given = {name: value for name in Settings.model_fields if (value := environ.get(f"DANLU_{name.upper()}"))}
     return Settings.model_validate(
         {name: str(Path(value).expanduser()) if "/" in value else value for name, value in given.items()}

@@ -50,6 +50,7 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
 
     def mark_best(self, runner: Any, iteration: int) -> None:
         """The checkpoint of this iteration is to be kept as the best so far; it is saved with the hooks of its step."""
+        self._recall(runner)
         self._best = iteration
         runner.message_hub.update_info(_BEST, [iteration, *self._beside])
 
@@ -63,6 +64,10 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
         super().before_train(runner)
         if runner.iter > 0 and _RANDOM in runner.message_hub.runtime_info:
             self._restored = runner.message_hub.get_info(_RANDOM)
+        self._recall(runner)
+
+    def _recall(self, runner: Any) -> None:
+        """What a resumed checkpoint knew of the best, before anything new is noted: hooks that begin sooner may mark one."""
         if _BEST in runner.message_hub.runtime_info:
             self._best, *self._beside = runner.message_hub.get_info(_BEST)
 

@@ -163,6 +163,14 @@ def test_a_stop_does_not_wait_for_it_and_going_on_makes_up_for_it(
     assert kept(tmp_path) == ["iter_2.pth", "iter_8.pth"], "the best of before is known, and kept"
 
 
+def test_what_was_the_best_goes_when_the_one_made_up_for_is_better(
+    run_training: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert run_training([9.0, 5.0], stop_at=4) == []
+    assert run_training([4.0, 3.0, 7.0]) == []
+    assert kept(tmp_path) == ["iter_6.pth", "iter_8.pth"]
+
+
 def test_every_rank_gets_as_many_passes_and_every_label_counts_once() -> None:
     from core.xtuner.runtime.validation import share
 
