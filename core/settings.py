@@ -20,7 +20,7 @@ class Settings(BaseModel):
     """Python that trains, when it is not the one that runs the app (`DANLU_PYTHON`)."""
 
 
-def load(environ: Mapping[str, str] | None = None) -> Settings:
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `DANLU_<FIELD>` variables; empty ones count as not set. Raises pydantic.ValidationError on a wrong value."""
     environ = (
         os.environ if environ is None else environ

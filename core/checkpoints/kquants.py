@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-_SUPER: Final = 256
 _TRIES: Final = (0.0, -0.9, -0.5, 0.4)
 """Added to the 15 steps of a range: a slightly narrower or wider range often rounds better."""
 

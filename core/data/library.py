@@ -17,7 +17,7 @@ from core.data.findings import Report
 from core.data.formats import Detection, Format, dataset_map_fn_for, detect, has_template, is_native
 from core.data.generate import write_new
 from core.data.reader import Layout, Row, read_rows, sample_rows, sniff
-from core.data.validate import file_sha256, validate
+from core.data.validate import validate
 from core.errors import DanluError, InputError, MachineError
 from core.files import free_path, read_json, require_space, within, write_json
 from core.i18n import Catalog
@@ -136,12 +136,6 @@ def check_job(project: str, path: str, progress: Progress, detection: dict[str, 
     chosen = Detection.from_json(detection) if detection else None
     checked = check(open_project(Path(project)), Path(path), chosen, progress)
     return {"rows": checked.rows, "errors": checked.report.errors if checked.report else 0}
-
-
-def data_sha256(project: Project, path: Path) -> str:
-    """Hash of the content of `path`: the known one if the file is unchanged, else computed now."""
-    known = describe(project, path).sha256
-    return known or file_sha256(path)
 
 
 def manifest(project: Project, path: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from core.data.findings import CODES, Finding, Findings, Remedy, Report, Severity
+from core.data.findings import Findings, Report
 from core.data.formats import Columns, Detection, Format, detect
 from core.data.reader import Broken, Layout, Row, Source, read_rows, sample_rows, sniff
 from core.data.rows import is_plainly_good, parse_row
@@ -268,12 +268,3 @@ def _excerpt(value: Any) -> str:
     except (ValueError, TypeError, RecursionError):
         return ""
     return text[:_EXCERPT].encode("utf-8", "replace").decode("utf-8")
-
-
-def check_rows(report: Report) -> list[Finding]:
-    """Findings that would stop training or change what it learns."""
-    return [
-        finding
-        for finding in report.findings
-        if CODES[finding.code][0] is Severity.ERROR and finding.remedy is not Remedy.NONE
-    ]

@@ -40,12 +40,8 @@ talk, panel = st.columns([3, 1], gap="large")
 with panel:
     settings, system = settings_panel(target)
     history_panel(project)
-asked = st.chat_input(
-    t("chat.placeholder") if target else t("chat.waiting"),
-    key="chat_input",
-    disabled=target is None,
-    submit_mode="stop",
-)
+# Only with a model to ask: the box scrolls its page to the end, past the bar where one is loaded.
+asked = st.chat_input(t("chat.placeholder"), key="chat_input", submit_mode="stop") if target else None
 with talk:
     try:
         conversation = current_conversation(project)

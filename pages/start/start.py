@@ -10,7 +10,8 @@ from pages.ui.tour import hints_switch, try_card
 
 project = shell.require_project()
 shell.page_header("start")
-following = next_step(steps(project)) or "chat"
+states = steps(project)
+following = next_step(states) or "chat"
 with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
     if st.button(
         t("start.go_on", page=t(f"shell.pages.{following}")),
@@ -20,6 +21,6 @@ with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
     ):
         st.switch_page(shell.PAGES[following])
     hints_switch(project)
-journey_list(project)
+journey_list(states)
 with st.expander(t("start.try.title"), icon=":material/play_circle:"):
     try_card()

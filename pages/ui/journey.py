@@ -1,9 +1,10 @@
 """The steps of the journey with what each is for and how far it is."""
 
+from collections.abc import Mapping
+
 import streamlit as st
 
-from core.journey import STEPS, StepState, next_step, steps
-from core.project import Project
+from core.journey import STEPS, StepState, next_step
 from pages.ui.page_table import ICONS, PAGES
 from pages.ui.text import t
 
@@ -15,16 +16,15 @@ _ICONS = {
 }
 
 
-def journey_list(project: Project | None) -> None:
-    """One row a step: a link, what it is for, and, in a project, its state; the next one is marked."""
-    states = steps(project)
-    following = next_step(states) if project else None
+def journey_list(states: Mapping[str, StepState]) -> None:
+    """One row a step: a link, what it is for, and, in a project, its state; the next one is marked. `states`: empty without a project."""
+    following = next_step(states) if states else None
     with st.container(gap="xsmall"):
         for step in STEPS:
             link, text, state = st.columns([2, 6, 1.6], vertical_alignment="center", gap="small")
             link.page_link(PAGES[step], label=t(f"shell.pages.{step}"), icon=ICONS[step])
             text.markdown(t(f"start.steps.{step}"))
-            if project is not None:
+            if states:
                 with state:
                     _badge(states.get(step, StepState.OPEN), is_next=step == following)
 

@@ -6,7 +6,7 @@ import streamlit as st
 
 from core import tour
 from core.errors import DanluError
-from core.journey import STEPS, StepState, steps
+from core.journey import STEPS
 from core.project import Project
 from pages.ui.audit import note
 from pages.ui.page_table import PAGES
@@ -50,14 +50,12 @@ def show_hint(page: str, project: Project | None) -> None:
     """On a page of the journey, while the hints are on: what to click, what will be seen, where to go on."""
     if project is None or page not in STEPS or not tour.has_hints(project):
         return
-    is_done = steps(project).get(page) is StepState.DONE
     following = tour.next_page(page) or "start"
     labels = {name: t(key) for name, key in _LABELS.get(page, {}).items()}
     with st.container(border=True, key="tour_hint", gap="xsmall"):
         with st.container(horizontal=True, vertical_alignment="center"):
             place = t("start.tour.place", number=STEPS.index(page) + 1, count=len(STEPS))
-            mark = f" :green-badge[:material/check: {t('start.states.done')}]" if is_done else ""
-            st.markdown(f"**:material/tour: {place}**{mark}")
+            st.markdown(f"**:material/tour: {place}**")
             goal = t("start.tour.next", page=t(f"shell.pages.{following}"))
             st.page_link(PAGES[following], label=goal, icon=":material/arrow_forward:")
             st.button(

@@ -18,4 +18,4 @@ def welcome() -> None:
         st.markdown(f"**:material/create_new_folder: {t('start.own')}**")
         st.markdown(t("shell.no_project"))
         project_forms("welcome")
-    journey_list(None)
+    journey_list({})

@@ -264,7 +264,6 @@ class Reply:
 
 @pytest.fixture
 def signed_on(tmp_path: Path) -> Iterator[tuple[Browser, Provider]]:
-    pytest.importorskip("authlib", reason="only single sign-on needs Authlib")
     from tests.e2e.conftest import Server
 
     provider, server = Provider(), Server(tmp_path / "home")

@@ -83,7 +83,6 @@ def test_report_is_kept_until_the_file_changes(project: Project):
     assert (dataset.rows, dataset.sha256, dataset.is_trainable) == (2, file_sha256(path), True)
     path.write_bytes(lines(good(1), good(2), good(3)))
     assert library.describe(project, path).rows is None
-    assert library.data_sha256(project, path) == file_sha256(path)
 
 
 def test_list_shows_what_cannot_be_read(project: Project):

@@ -9,6 +9,7 @@ import pytest
 
 from core.data import library
 from core.data.mix import join, mix
+from core.data.validate import file_sha256
 from core.errors import InputError
 from core.project import Project, open_project
 from tests.core.data.corpus import A, S, alpaca, chat, good, lines, shared
@@ -43,7 +44,7 @@ def test_files_of_different_formats_become_one(project: Project):
     assert known is not None
     assert (known["rows_in"], known["rows_out"]) == (5, 4)
     assert [Path(source["path"]).name for source in known["sources"]] == ["one.jsonl", "two.jsonl", "three.jsonl"]
-    assert known["sources"][0]["sha256"] == library.data_sha256(project, one)
+    assert known["sources"][0]["sha256"] == file_sha256(one)
 
 
 @pytest.mark.parametrize("percent", [1, 20, 50, 90])
