@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.result import NoGpu, Result
+from core.xtuner.command import free_port
 
 ITERATIONS: Final = 20
 _ROOT: Final = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def train(method: str, work: Path) -> dict[str, Any]:
     config.write_text(source)
     program = Path(xtuner.__file__).parent / "tools" / "train.py"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", "29617",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(free_port()),
          str(program), str(config), "--work-dir", str(work), "--launcher", "pytorch", "--seed", "7"],
         cwd=_ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": f"{_ROOT}:{os.environ.get('PYTHONPATH', '')}"},

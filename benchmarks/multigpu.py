@@ -27,6 +27,14 @@ from core.runs.devices import FOLDER_VARIABLE
 
 PARTS: Final = ("speed", "resume", "kill", "full")
 _RESUMED: Final[dict[str, Any]] = {"deepspeed": "deepspeed_zero2", "dropout": 0.0, "steps": 8, "save_every": 8}
+_KINDS: Final[dict[str, list[tuple[str, str | None]]]] = {
+    "lora": [
+        ("auto", None), ("auto", "deepspeed_zero2"), ("off", "deepspeed_zero2"), ("off", None),
+        ("off", "deepspeed_zero3"), ("off", "deepspeed_zero1"),
+    ],
+    "qlora": [("auto", None), ("auto", "deepspeed_zero2"), ("off", "deepspeed_zero2")],
+}  # fmt: skip
+"""Method → speed layer and DeepSpeed config on two GPUs, the most telling first."""
 _CASE_SECONDS: Final = 100.0
 """Longest that one run may take."""
 _RESHAPE: Final = """
@@ -120,23 +128,15 @@ def _targets(figures: dict[str, Any]) -> dict[str, tuple[str, float]]:
 def _speed(bench: Bench) -> None:
     """One GPU first (both cards at once, a case each), then two: plain data parallel and each ZeRO stage."""
     ranks.in_child(_SAVE_MODEL, str(bench.model))
-    methods = ("lora", "qlora") if bench.cards else ("lora",)
-    sides = ("off", "auto") if bench.cards else ("off",)
-    single: dict[tuple[str, str], float] = {}
-    for method in methods:
-        if bench.has_time(f"{method}_1", 70):
-            single |= _one_each(bench, method, sides)
-    kinds: list[tuple[str, str, str | None]] = [
-        (method, speed, "deepspeed_zero2") for method in methods for speed in sides
-    ]
-    kinds += [("lora", "off", None), ("lora", "off", "deepspeed_zero3"), ("lora", "off", "deepspeed_zero1")]
-    kinds += [("lora", "auto", None), ("qlora", "auto", None)] if bench.cards else []
-    for method, speed, deepspeed in kinds:
-        name = f"{method}_{_side(speed)}_2_{_stage(deepspeed)}"
-        if bench.has_time(name, 45):
-            before = ranks.used_bytes()
-            outcome = bench.finish(bench.setting(name, 2, method=method, speed=speed, deepspeed=deepspeed))
-            _note_speed(bench, outcome, single.get((method, speed)), before)
+    for method in _KINDS if bench.cards else ("lora",):
+        sides = ("off", "auto") if bench.cards else ("off",)
+        single = _one_each(bench, method, sides) if bench.has_time(f"{method}_1", 45) else {}
+        for speed, deepspeed in _KINDS[method]:
+            name = f"{method}_{_side(speed)}_2_{_stage(deepspeed)}"
+            if speed in sides and bench.has_time(name, 35):
+                before = ranks.used_bytes()
+                outcome = bench.finish(bench.setting(name, 2, method=method, speed=speed, deepspeed=deepspeed))
+                _note_speed(bench, outcome, single.get((method, speed)), before)
 
 
 def _one_each(bench: Bench, method: str, sides: tuple[str, ...]) -> dict[tuple[str, str], float]:

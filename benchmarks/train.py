@@ -13,11 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.result import NoGpu, Result
+from core.xtuner.command import free_port
 from core.xtuner.runtime.speed import parts
 
 _ROOT: Final = Path(__file__).parents[1]
@@ -79,7 +79,6 @@ _TARGETS: Final[dict[str, dict[str, tuple[str, float]]]] = {
     "peer": {"gain_over_peer": (">=", 1.15)},
     "loss": {"loss_outside_stock_spread": ("<=", 0), "loss_fp32_step_difference": ("<", 1e-3)},
 }
-_ports = count(29611)
 
 
 def run(chosen: Sequence[str] = ()) -> Result:
@@ -114,7 +113,7 @@ def run_case(name: str, changes: Mapping[str, Any]) -> dict[str, Any] | None:
 
     started = time.perf_counter()
     case = json.dumps(asdict(Case(**changes)))
-    environment = {"MASTER_PORT": str(next(_ports)), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    environment = {"MASTER_PORT": str(free_port()), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.training.case", case],

@@ -126,13 +126,12 @@ def random_llm(pretrained_model_name_or_path: str, **options: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=True)
+    # InternLM2's own code reads the attention from its config, where from_pretrained puts it and from_config does not.
+    attention = {"attn_implementation": options.get("attn_implementation") or "sdpa"}
+    config = AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=True, **attention)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            config,
-            trust_remote_code=True,
-            torch_dtype=torch.bfloat16,
-            attn_implementation=options.get("attn_implementation"),
+            config, trust_remote_code=True, torch_dtype=torch.bfloat16, **attention
         )
         generator = torch.Generator(device).manual_seed(5)
         with torch.no_grad():

@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 
 from benchmarks.training.case import SHAPES, Case, config_source, make_model_folder, random_llm
+from core.xtuner.command import free_port
 
 MARK: Final = "memory-case: "
 _STEPS: Final = 2
@@ -168,7 +169,7 @@ def release() -> None:
 
 def main(argument: str) -> int:
     os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
-    os.environ.setdefault("MASTER_PORT", "29621")
+    os.environ["MASTER_PORT"] = str(free_port())
     if not torch.cuda.is_available():
         torch.cpu.is_bf16_supported = lambda: True  # XTuner asks; torch has no such question
     with tempfile.TemporaryDirectory() as root:

@@ -48,7 +48,7 @@ class Setting:
     """lora, qlora or full"""
     deepspeed: str | None = None
     speed: str = "off"
-    steps: int = 8
+    steps: int = 6
     batches: int = 16
     length: int = 2048
     dropout: float = 0.1

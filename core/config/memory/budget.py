@@ -24,9 +24,9 @@ CONTEXT_BYTES: Final = 1333 * MIB
 _COLLECTIVES_BYTES: Final = (300 * MIB, 1500 * MIB)
 """NCCL's buffers where there are several ranks: a guess, not measured."""
 _CACHED: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
-    {"qlora": (1.06, 1.25), "lora": (1.06, 1.25), "full": (1.4, 1.6)}
+    {"qlora": (1.02, 1.42), "lora": (1.02, 1.42), "full": (1.12, 1.6)}
 )
-"""Reserved by torch's allocator for each byte allocated at the peak: cached blocks and gaps. Measured on an H100, DeepSpeed ZeRO-2."""
+"""Reserved by torch's allocator for each byte allocated at the peak: cached blocks and gaps. Measured on an H100 (docs/memory.md)."""
 _ROUGH: Final = 1.25
 """Stretch of the upper end for a model the formula was not made for."""
 

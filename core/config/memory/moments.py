@@ -106,11 +106,14 @@ def _forward(shape: Shape, setup: Setup, counts: Counts, kept: float) -> dict[Pa
 
 
 def _loss(shape: Shape, setup: Setup, counts: Counts, kept: float) -> dict[Part, float]:
-    """log-softmax, its gradient and the one before it: three float32 copies of the logits."""
+    """log-softmax, its gradient and the one before it: three float32 copies of the logits.
+
+    DeepSpeed makes its buckets later, with the first trained parameter's gradient (0.19.6, `setup_buckets`).
+    """
     return {
         Part.ACTIVATIONS: kept + _tail(shape, setup, counts),
         Part.LOGITS: 12.0 * setup.tokens * shape.vocabulary,
-        Part.BUCKETS: formula.buckets(setup, counts),
+        Part.BUCKETS: 0.0 if setup.engine is Engine.DEEPSPEED else formula.buckets(setup, counts),
     }
 
 
@@ -134,9 +137,12 @@ def _layer(shape: Shape, setup: Setup, counts: Counts, kept: float) -> dict[Part
 
 
 def _new_gradients(setup: Setup, counts: Counts) -> float:
-    """DeepSpeed keeps this micro-step's beside the accumulated ones; torch adds in place, so that only the first ones are new."""
+    """ZeRO-1 keeps this micro-step's beside the accumulated ones; torch adds in place, so that only the first ones are new.
+
+    From ZeRO-2 on each moves into a bucket as it comes (DeepSpeed 0.19.6).
+    """
     if setup.engine is Engine.DEEPSPEED:
-        return 2.0 * counts.trained / (setup.world_size if setup.stage >= 2 else 1)
+        return 2.0 * counts.trained if setup.stage < 2 else 0.0
     if setup.accumulation > 1:
         return 0.0
     return float(counts.trained * _trained_bytes(setup))

@@ -148,6 +148,17 @@ def skip_shared_memory() -> None:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
+def ask_torch_for_free_memory() -> None:
+    """Let DeepSpeed ask torch how much of a card is free: NVML's own number of it can be read from numbers only."""
+    import torch
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    def available_memory(_self: Any, device_index: int | None = None) -> int:
+        return int(torch.cuda.mem_get_info(device_index)[0])
+
+    CUDA_Accelerator.available_memory = available_memory
+
+
 def _set_gloo(config: Any, _facts: Facts) -> None:
     config.merge_from_dict({"env_cfg": {"dist_cfg": {"backend": "gloo"}}})
 
@@ -267,6 +278,13 @@ PATCHES: Final[tuple[Patch, ...]] = (
         "deepspeed <= 0.19.6",
         lambda _config, facts: facts.is_cpu and bool(facts.deepspeed),
         lambda _config, _facts: skip_shared_memory(),
+    ),
+    Patch(
+        "free_memory",
+        "DeepSpeed takes CUDA_VISIBLE_DEVICES for numbers and fails where it names cards by their UUID, as a run's does",
+        "deepspeed <= 0.19.6",
+        lambda _config, facts: not facts.is_cpu and bool(facts.deepspeed),
+        lambda _config, _facts: ask_torch_for_free_memory(),
     ),
     Patch(
         "zero3_gathers",

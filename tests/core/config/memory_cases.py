@@ -39,7 +39,7 @@ class Measured:
         return f"{self.model}-{'-'.join(str(value) for value in self.setup.values())}"
 
 
-DEEPSPEED_ON_H100 = [
+DEEPSPEED_0_16_ON_H100 = [
     Measured("internlm2-1.8b", 6882, {"method": "qlora", "length": 2048}),
     Measured("internlm2-1.8b", 9020, {"method": "lora", "length": 2048}),
     Measured("internlm2-1.8b", 12870, {"method": "qlora", "length": 2048, "is_checkpointing": False}),
@@ -47,6 +47,35 @@ DEEPSPEED_ON_H100 = [
     Measured("internlm2-20b", 45104, {"method": "qlora", "length": 4096, "batch_size": 4}),
     Measured("internlm2-1.8b", 39702, {"method": "full", "length": 2048}),
     Measured("internlm2-1.8b", 40366, {"method": "full", "length": 2048, "batch_size": 4}),
+]
+
+
+XTUNER_ON_H100 = [
+    # (model, MiB, setup): `python -m benchmarks memory`, XTuner's own runner, DeepSpeed 0.19.6, torch 2.11.
+    ("internlm2-1.8b", 9991, {"method": "lora", "length": 1024}),
+    ("internlm2-1.8b", 28469, {"method": "lora", "length": 1024, "batch_size": 4, "is_checkpointing": False}),
+    ("internlm2-1.8b", 28440, {"method": "lora", "length": 4096, "is_checkpointing": False}),
+    ("internlm2-1.8b", 29595, {"method": "lora", "length": 4096, "batch_size": 4}),
+    ("internlm2-1.8b", 4976, {"method": "qlora", "length": 1024}),
+    ("internlm2-1.8b", 25243, {"method": "qlora", "length": 1024, "batch_size": 4, "is_checkpointing": False}),
+    ("internlm2-1.8b", 24578, {"method": "qlora", "length": 4096, "batch_size": 4}),
+    ("internlm2-7b", 16078, {"method": "qlora", "length": 4096}),
+    ("internlm2-7b", 16432, {"method": "qlora", "length": 1024, "batch_size": 4}),
+    ("internlm2-7b", 34402, {"method": "lora", "length": 1024}),
+    ("internlm2-1.8b", 36104, {"method": "full", "length": 4096, "weights": "float32"}),
+    ("internlm2-1.8b", 4795, {"engine": Engine.DEEPSPEED, "method": "qlora", "length": 1024}),
+    ("internlm2-1.8b", 23897, {"engine": Engine.DEEPSPEED, "method": "lora", "length": 4096, "batch_size": 4}),
+    ("internlm2-1.8b", 39702, {"engine": Engine.DEEPSPEED, "method": "full", "length": 1024}),
+    (
+        "internlm2-1.8b",
+        44098,
+        {"engine": Engine.DEEPSPEED, "method": "full", "length": 1024, "batch_size": 4, "is_checkpointing": False},
+    ),
+    (
+        "internlm2-1.8b",
+        44101,
+        {"engine": Engine.DEEPSPEED, "method": "full", "length": 4096, "is_checkpointing": False},
+    ),
 ]
 
 

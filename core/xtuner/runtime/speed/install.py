@@ -20,7 +20,7 @@ from core.xtuner.runtime.speed.anatomy import UnsupportedModelError
 from core.xtuner.runtime.speed.apply import apply
 from core.xtuner.runtime.speed.batches import without_bounds
 from core.xtuner.runtime.speed.parts import PartReport, Reports, Wish
-from core.xtuner.runtime.speed.step import EngineStep, GroupedStep, LookAhead, PlainStep
+from core.xtuner.runtime.speed.step import EngineStep, GroupedStep, LookAhead, PlainStep, keep_training_mode
 
 _LOOPS: Final = ("TrainLoop", "IterBasedTrainLoop")
 """XTuner's and mmengine's loops that take one batch after the other."""
@@ -121,6 +121,7 @@ class SpeedHook(Hook):
         if step is not None and group:
             step.group = group
             runner.model.train_step = step
+            keep_training_mode(runner.model)
             return None
         if self.kept_bounds:
             # The model computes as before, so the batches must be as before.

@@ -108,9 +108,6 @@ def _unpacked(
         return only.to(dtype)
     dense = torch.empty(spans[-1][1], columns, dtype=dtype, device=weights[0].device)
     for weight, (start, stop) in zip(weights, spans, strict=True):
-        # bitsandbytes has the form that writes into given memory on GPUs only.
-        if weight.is_cuda and weight.quant_state.dtype == dtype:
-            dequantize_4bit(weight.data, weight.quant_state, out=dense[start:stop])
-        else:
-            dense[start:stop].copy_(dequantize_4bit(weight.data, weight.quant_state))
+        # Not with `out`: bitsandbytes 0.49.2 compares its shape with a list and refuses every tensor.
+        dense[start:stop].copy_(dequantize_4bit(weight.data, weight.quant_state))
     return dense

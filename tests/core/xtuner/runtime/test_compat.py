@@ -119,6 +119,23 @@ def test_deepspeed_compiles_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch) ->
     assert backend.build_shm_op() is None
 
 
+def test_deepspeed_takes_cards_named_by_their_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from deepspeed.accelerator import cuda_accelerator
+
+    from core.xtuner.runtime.compat import ask_torch_for_free_memory
+
+    original = cuda_accelerator.CUDA_Accelerator.available_memory
+    monkeypatch.setattr(cuda_accelerator.CUDA_Accelerator, "available_memory", original)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-edab8235-271e-9981-8bf5-16f8bc2ac02a")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 + device, 80))
+    accelerator = object.__new__(cuda_accelerator.CUDA_Accelerator)
+    with pytest.raises(ValueError, match="invalid literal"):
+        accelerator._get_nvml_gpu_id(0)
+    ask_torch_for_free_memory()
+    assert accelerator.available_memory(1) == 6
+
+
 def test_a_gpu_config_keeps_its_precision() -> None:
     from core.xtuner.runtime import compat
 

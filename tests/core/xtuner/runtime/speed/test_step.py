@@ -106,3 +106,28 @@ def test_too_little_memory_for_one_micro_batch_ends_the_run() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         train(Toy(most=0), group=4, accumulation=4, steps=1)
+
+
+def test_training_mode_is_set_only_where_it_is_not_there() -> None:
+    from torch import nn
+
+    from core.xtuner.runtime.speed.step import keep_training_mode
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.1)))
+    asked = list[bool]()
+
+    class Counting(nn.Module):
+        def train(self, mode: bool = True) -> nn.Module:
+            asked.append(mode)
+            return super().train(mode)
+
+    model.append(Counting())
+    keep_training_mode(model)
+    assert model.train() is model
+    assert asked == []
+    model[1][0].eval()
+    model.train()
+    assert asked == [True]
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert not any(module.training for module in model.modules())
