@@ -1,12 +1,11 @@
 """Examines the interpreter that will train, keeps the last report, and makes a new environment. Judges nothing itself."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -18,11 +17,11 @@ from core.environment.report import Report
 from core.errors import DanluError, InputError, MachineError
 from core.files import read_json, write_json
 from core.messages import message
+from core.runs.child import TICK_SECONDS, end, follow
 from core.runs.job import Progress
 
 _PROBE: Final = Path(__file__).with_name("probe.py")
 _LIMIT_SECONDS: Final = 600.0
-_TICK_SECONDS: Final = 0.3
 _REPORT: Final = "environment_report.json"
 
 
@@ -72,28 +71,25 @@ def create_environment(target: str, python: str, progress: Progress) -> dict[str
     Goes on where an interrupted build stopped; `target` appears only when it is whole. Raises what
     `core.environment.venv.ensure` raises.
     """
+    build_environment(python, BASE_FILE, NODEPS_FILE, progress, ["--link", target])
+    return {"python": str(Path(target) / "bin" / "python")}
+
+
+def build_environment(
+    python: str, requirements: Path, nodeps: Path, progress: Progress, options: Sequence[str] = ()
+) -> None:
+    """`core.environment.venv ensure` under `python`, with what pip does in the progress. Raises what `ensure` raises."""
     if not is_executable(Path(python)):
         raise InputError("environment.not_a_python", path=python)
     with tempfile.TemporaryDirectory() as folder:
         error_file = Path(folder) / "error.json"
-        files = ["--requirements", str(BASE_FILE), "--no-deps", str(NODEPS_FILE)]
-        command = [
-            python,
-            "-m",
-            "core.environment.venv",
-            "ensure",
-            *files,
-            "--link",
-            target,
-            "--error-file",
-            str(error_file),
-        ]
-        code = _follow(command, progress)
+        files = ["--requirements", str(requirements), "--no-deps", str(nodeps)]
+        command = [python, "-m", "core.environment.venv", "ensure", *files, *options, "--error-file", str(error_file)]
+        code = _follow_pip(command, progress)
         if code:
             if error_file.is_file():
                 raise DanluError.from_json(read_json(error_file))
             raise MachineError("environment.pip_failed", code=code, reason="-")
-    return {"python": str(Path(target) / "bin" / "python")}
 
 
 def _run(command: list[str], progress: Progress, limit_seconds: float) -> str:
@@ -107,55 +103,23 @@ def _run(command: list[str], progress: Progress, limit_seconds: float) -> str:
                 )
                 if time.monotonic() - began > limit_seconds:
                     raise MachineError("environment.probe_slow", python=command[0], seconds=round(limit_seconds))
-                time.sleep(_TICK_SECONDS)
+                time.sleep(TICK_SECONDS)
         finally:
-            _end(process)
+            end(process)
         output.seek(0)
         return output.read().decode("utf-8", "replace")
 
 
-def _follow(command: list[str], progress: Progress) -> int:
+def _follow_pip(command: list[str], progress: Progress) -> int:
     """Run `command` with its output passed on to the log, and say in the progress what pip does."""
-    process = subprocess.Popen(
-        command,
-        cwd=APP_ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    os.set_blocking(process.stdout.fileno(), False)
-    said, pending = message("environment.progress.starting"), b""
-    count = 0
-    try:
-        while True:
-            is_over = process.poll() is not None
-            pending += process.stdout.read() or b""
-            *lines, pending = pending.split(b"\n")
-            for line in (raw.decode("utf-8", "replace") for raw in lines):
-                print(line, flush=True)
-                if line.startswith("Collecting "):
-                    count += 1
-                    said = message("environment.progress.collecting", name=line.split()[1][:60])
-                elif line.startswith("Installing collected"):
-                    said = message("environment.progress.installing")
-            progress.update(count, None, said)
-            if is_over:
-                return process.returncode
-            time.sleep(_TICK_SECONDS)
-    finally:
-        _end(process)
+    said, count = message("environment.progress.starting"), 0
 
+    def listen(line: str) -> None:
+        nonlocal said, count
+        if line.startswith("Collecting "):
+            count += 1
+            said = message("environment.progress.collecting", name=line.split()[1][:60])
+        elif line.startswith("Installing collected"):
+            said = message("environment.progress.installing")
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a child and what it started, if it still lives."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    return follow(command, listen, lambda: progress.update(count, None, said), cwd=APP_ROOT)

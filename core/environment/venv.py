@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from core.environment import venv_cache
+from core.environment.lock import BUILD_TOOLS, read_lock
+from core.environment.pip_run import run_pip
 from core.environment.venv_versions import is_in_range
 from core.errors import DanluError, InputError, MachineError
 from core.files import write_json
@@ -26,16 +28,6 @@ PYTHONS: Final = ((3, 11), (3, 13))
 """From this version on, up to but without that one: the app needs 3.11, xtuner 0.2.0 stops before 3.13."""
 _KEPT: Final = ("torch", "torchvision")
 _PARENT_FILE: Final = "_danlu_parent.pth"
-_OFFLINE_SIGNS: Final = (
-    "NewConnectionError",
-    "NameResolutionError",
-    "Temporary failure in name resolution",
-    "Network is unreachable",
-    "ConnectTimeoutError",
-    "ProxyError",
-    "SSLError",
-)
-_TAIL_LINES: Final = 12
 
 
 def ensure(
@@ -46,22 +38,24 @@ def ensure(
     link: "Path | None",
     say: "Callable[[Message], None]",
     pip_options: "Sequence[str]" = (),
-    or_with: "Sequence[Path]" = (),
+    or_with: "Path | None" = None,
+    is_locked: bool = False,
 ) -> Path:
     """The finished environment for these requirement files: the one in the cache, or a new one; `link` points to it.
 
-    `nodeps`: files installed with `pip --no-deps`, after the others. `or_with`: an environment that holds these files as well does too,
-    if it is there already (an environment is gigabytes). A build that was cut short goes on where it stopped.
+    `nodeps`: files installed with `pip --no-deps`, after the others. `or_with`: a lock whose environment does too, if it is there
+    already and no torch is kept (an environment is gigabytes). `is_locked`: `requirements` is that one lock, installed as it stands,
+    every file checked against its hash; nothing of the machine is kept. A build that was cut short goes on where it stopped.
     Raises ConflictError if something else lies at `link`, MachineError if this Python does not fit or pip fails.
     """
     require_python(sys.version_info[:2])
     if link is not None:
         venv_cache.require_link_place(link, cache)
-    kept = kept_packages(requirements)
+    kept = {} if is_locked else kept_packages(requirements)
     versions = " ".join(sorted(f"{n}=={v}" for n, v in kept.items()))
     folder = venv_cache.environment_folder(cache, [*requirements, *nodeps], versions)
-    if or_with:
-        larger = venv_cache.environment_folder(cache, [*requirements, *or_with, *nodeps], versions)
+    if or_with is not None and or_with.is_file() and not kept:
+        larger = venv_cache.environment_folder(cache, [or_with])
         folder = larger if venv_cache.is_whole(larger) else folder
     if not venv_cache.is_whole(folder):
         with venv_cache.locked(folder, is_waiting=False) as is_ours:
@@ -70,7 +64,7 @@ def ensure(
         with venv_cache.locked(folder):
             if not venv_cache.is_whole(folder):
                 say(message("environment.venv.building", path=str(folder)))
-                _build(folder, requirements, nodeps, kept=kept, say=say, pip_options=pip_options)
+                _build(folder, requirements, nodeps, kept=kept, say=say, pip_options=pip_options, is_locked=is_locked)
     os.utime(folder / venv_cache.MARK)
     if link is not None:
         venv_cache.point(link, folder, cache)
@@ -122,27 +116,24 @@ def _build(
     kept: "dict[str, str]",
     say: "Callable[[Message], None]",
     pip_options: "Sequence[str]",
+    is_locked: bool,
 ) -> None:
-    python = folder / "bin" / "python"
-    if not _works(python):
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            venv.create(folder, with_pip=True, symlinks=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise MachineError("environment.no_venv", path=str(folder), reason=str(error)) from error
-    site = next(folder.glob("lib/python*/site-packages"))
-    _drop_half_installed(site)
-    constraints = folder / "danlu-constraints.txt"
-    constraints.write_text("".join(f"{name}=={version}\n" for name, version in kept.items()), encoding="utf-8")
-    if kept:
-        say(message("environment.venv.keeping", packages=", ".join(f"{n} {v}" for n, v in kept.items())))
-        parent = metadata.distribution("torch").locate_file("")
-        (site / _PARENT_FILE).write_text(f"{parent}\n", encoding="utf-8")
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *pip_options]
-    wanted = [argument for file in requirements for argument in ("-r", str(file))]
-    _run_pip([*pip, "-c", str(constraints), *wanted])
-    if nodeps:
-        _run_pip([*pip, "--no-deps", *(argument for file in nodeps for argument in ("-r", str(file)))])
+    tools = _build_tools(requirements) if is_locked else ""
+    site = _prepare(folder)
+    python = str(folder / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *pip_options]
+    if is_locked:
+        _install_locked(pip, folder, requirements, tools)
+    else:
+        if kept:
+            say(message("environment.venv.keeping", packages=", ".join(f"{n} {v}" for n, v in kept.items())))
+            parent = metadata.distribution("torch").locate_file("")
+            (site / _PARENT_FILE).write_text(f"{parent}\n", encoding="utf-8")
+        constraints = folder / "danlu-constraints.txt"
+        constraints.write_text("".join(f"{name}=={version}\n" for name, version in kept.items()), encoding="utf-8")
+        run_pip([*pip, "-c", str(constraints), *_files(requirements)])
+        if nodeps:
+            run_pip([*pip, "--no-deps", *_files(nodeps)])
     write_json(
         folder / venv_cache.MARK,
         {
@@ -152,6 +143,38 @@ def _build(
             "requirements": [f.name for f in [*requirements, *nodeps]],
         },
     )
+
+
+def _prepare(folder: Path) -> Path:
+    """The site-packages of an environment in `folder` that works: what is there, or a new one."""
+    if not _works(folder / "bin" / "python"):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            venv.create(folder, with_pip=True, symlinks=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise MachineError("environment.no_venv", path=str(folder), reason=str(error)) from error
+    site = next(folder.glob("lib/python*/site-packages"))
+    _drop_half_installed(site)
+    return site
+
+
+def _build_tools(locks: "Sequence[Path]") -> str:
+    """The part of the locks that other packages are built with. Raises InputError for a lock that is none."""
+    return "\n".join(package.text for lock in locks for package in read_lock(lock) if package.name in BUILD_TOOLS)
+
+
+def _install_locked(pip: "list[str]", folder: Path, locks: "Sequence[Path]", tools: str) -> None:
+    """What the locks say and nothing else: what comes as source is built with `tools` of the lock, not with fetched ones."""
+    exactly = [*pip, "--require-hashes", "--no-deps"]
+    if tools:
+        file = folder / "danlu-build-tools.txt"
+        file.write_text(f"{tools}\n", encoding="utf-8")
+        run_pip([*exactly, *_files([file])])
+    run_pip([*exactly, "--no-build-isolation", "--use-pep517", *_files(locks)])
+
+
+def _files(files: "Sequence[Path]") -> "list[str]":
+    return [argument for file in files for argument in ("-r", str(file))]
 
 
 def _works(python: Path) -> bool:
@@ -168,42 +191,15 @@ def _drop_half_installed(site: Path) -> None:
             shutil.rmtree(record)
 
 
-def _run_pip(command: "list[str]") -> None:
-    """Run pip with its output passed on line by line. Raises MachineError with its last lines if it fails."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
-    }
-    tail = [""]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-    ) as process:
-        try:
-            for line in process.stdout or ():
-                print(line, end="", flush=True)
-                tail = [*tail, line.rstrip()][-_TAIL_LINES:]
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-    if code == 0:
-        return
-    text = "\n".join(tail)
-    if "No space left on device" in text:
-        raise MachineError("environment.disk_full", reason=text)
-    if any(sign in text for sign in _OFFLINE_SIGNS):
-        raise MachineError("environment.no_network", reason=text)
-    raise MachineError("environment.pip_failed", code=code, reason=text)
-
-
 def main(argv: "list[str]") -> int:
     parser = argparse.ArgumentParser(prog="python3 -m core.environment.venv", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("ensure")
-    build.add_argument("--requirements", type=Path, required=True)
+    files = build.add_mutually_exclusive_group(required=True)
+    files.add_argument("--requirements", type=Path)
+    files.add_argument("--lock", type=Path, help="a lock in place of requirement files")
     build.add_argument("--extra", type=Path, action="append", default=[])
-    build.add_argument("--or-with", type=Path, action="append", default=[])
+    build.add_argument("--or-with", type=Path, help="a lock whose environment does too, if it is there")
     build.add_argument("--no-deps", type=Path, action="append", default=[], dest="nodeps")
     build.add_argument("--link", type=Path)
     build.add_argument("--pip-option", action="append", default=[])
@@ -238,15 +234,15 @@ def main(argv: "list[str]") -> int:
 def _run(arguments: argparse.Namespace, say: "Callable[[Message], None]") -> None:
     cache = venv_cache.cache_folder()
     if arguments.command == "ensure":
-        files = [arguments.requirements, *arguments.extra]
         folder = ensure(
-            files,
+            [arguments.lock] if arguments.lock else [arguments.requirements, *arguments.extra],
             arguments.nodeps,
             cache=cache,
             link=arguments.link,
             say=say,
             pip_options=arguments.pip_option,
             or_with=arguments.or_with,
+            is_locked=arguments.lock is not None,
         )
         say(message("environment.venv.ready", path=str(folder)))
         return

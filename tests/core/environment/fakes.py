@@ -26,7 +26,7 @@ XTUNER: Final = {
 
 def make_python(folder: Path, base: str = sys.executable) -> Path:
     """A virtual environment without pip at `folder`; its interpreter."""
-    subprocess.run([base, "-m", "venv", "--without-pip", str(folder)], check=True, capture_output=True, timeout=60)
+    subprocess.run([base, "-m", "venv", "--without-pip", str(folder)], check=True, capture_output=True, timeout=600)
     return folder / "bin/python"
 
 
@@ -63,7 +63,7 @@ def other_python(name: str) -> str | None:
                 [candidate, "-c", "import sys; print(sys.executable)"],
                 capture_output=True,
                 text=True,
-                timeout=20,
+                timeout=600,
                 check=False,
             )
         except OSError:

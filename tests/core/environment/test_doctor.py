@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,13 @@ from core.environment.report import Line, Report, Status
 from core.errors import ConflictError, InputError, JobError, MachineError
 from core.i18n import LANGUAGES, catalog
 from core.messages import Message
+from core.runs import processes
 from core.runs.job import SilentProgress
 from tests.core.environment.fakes import XTUNER, install, make_python, script
+from tests.core.runs.conftest import wait_until
 
 GIB = 2**30
 DEVICE = {"name": "H100", "capability": [9, 0], "memory_bytes": 80 * GIB}
-
-
-class Watched(SilentProgress):
-    """Remembers what was said; asks to stop after so many updates."""
-
-    def __init__(self, updates: int = 10**9) -> None:
-        self.said: list[Message] = []
-        self.updates = updates
-
-    def update(self, done: float, total: float | None, message: Message, *, unit: str = "") -> None:
-        self.said.append(message)
-        if len(self.said) > self.updates:
-            raise JobError("runs.cancelled")
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +173,7 @@ def test_examination_of_an_environment_is_kept(tmp_path: Path):
     install(python, "xtuner", "0.1.23", XTUNER)
     (tmp_path / "ft").mkdir()
     assert last_report(tmp_path / "ft") is None
-    result = run_examination(str(python), str(tmp_path / "ft"), Watched())
+    result = run_examination(str(python), str(tmp_path / "ft"), SilentProgress())
     assert result == {"python": str(python), "status": "red"}
     report = last_report(tmp_path / "ft")
     assert report is not None
@@ -214,28 +202,42 @@ def test_a_python_that_prints_nonsense_is_said(tmp_path: Path):
 
 @pytest.mark.parametrize("reason", ["slow", "cancelled"])
 def test_a_probe_that_hangs_is_ended_with_what_it_started(tmp_path: Path, reason: str):
-    alive = tmp_path / "alive"
-    python = script(tmp_path / "env/bin/python", f"(while :; do date > {alive}; sleep 0.05; done) & wait")
+    child = tmp_path / "child"
+    python = script(tmp_path / "env/bin/python", f"sleep 3600 & echo $! > {child}.new; mv {child}.new {child}; wait")
+
+    class Waiting(SilentProgress):
+        """Begins to look once the probe has started something, and then cancels, or lets the limit, which is none, do it."""
+
+        def update(self, done: float, total: float | None, message: Message, *, unit: str = "") -> None:
+            wait_until(child.exists)
+            if reason == "cancelled":
+                raise JobError("runs.cancelled")
+
     with pytest.raises(MachineError if reason == "slow" else JobError):
-        examine(python, tmp_path, Watched(2 if reason == "cancelled" else 10**9), limit_seconds=0.8)
-    before = alive.stat().st_mtime_ns
-    time.sleep(0.3)
-    assert alive.stat().st_mtime_ns == before
+        examine(python, tmp_path, Waiting(), limit_seconds=0.0)
+    assert processes.wait_until_gone([int(child.read_text())], 240)
 
 
 def test_creation_says_what_pip_does_and_passes_its_errors_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     error = {"type": "MachineError", "code": "environment.disk_full", "params": {"reason": "x"}}
+    seen = tmp_path / "seen"
+    seen.mkdir()
     python = script(
         tmp_path / "python",
-        'echo "Collecting torch>=2.6"; sleep 0.5; echo "Installing collected packages: torch"; sleep 0.5\n'
+        f"until_seen() {{ while [ ! -e {seen}/$1 ]; do sleep 0.01; done; }}\n"
+        'echo "Collecting torch>=2.6"; until_seen collecting\n'
+        'echo "Installing collected packages: torch"; until_seen installing\n'
         f"for last; do :; done; echo '{json.dumps(error)}' > \"$last\"; exit 1",
     )
-    progress = Watched()
+
+    class Seeing(SilentProgress):
+        def update(self, done: float, total: float | None, message: Message, *, unit: str = "") -> None:
+            (seen / message.key.rsplit(".", 1)[-1]).touch()
+
     with pytest.raises(MachineError) as caught:
-        create_environment(str(tmp_path / "env"), str(python), progress)
+        create_environment(str(tmp_path / "env"), str(python), Seeing())
     assert caught.value.code == "environment.disk_full"
-    keys = list(dict.fromkeys(message.key.rsplit(".", 1)[-1] for message in progress.said))
-    assert keys[-2:] == ["collecting", "installing"]
+    assert {"collecting", "installing"} <= {file.name for file in seen.iterdir()}
     assert "Collecting torch" in capfd.readouterr().out
     assert not (tmp_path / "env").exists()
 

@@ -16,7 +16,8 @@ from core.environment.interpreters import (
 )
 from core.errors import InputError
 from core.project import Project, open_project
-from core.runs.train import TrainRequest, plan
+from core.runs.request import TrainRequest
+from core.runs.train import plan
 from core.xtuner.command import training_argv
 from core.xtuner.legacy import legacy_argv
 from tests.core.environment.fakes import install, make_python, script

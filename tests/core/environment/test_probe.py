@@ -31,7 +31,7 @@ def facts_of(python: str | Path, folder: Path, **environ: str) -> dict:
         text=True,
         check=True,
         cwd="/",
-        timeout=60,
+        timeout=600,
         env=environ,
     )
     return json.loads(done.stdout.splitlines()[-1])
@@ -66,7 +66,7 @@ def test_a_module_beside_the_probe_is_not_taken_for_a_package(python: Path, tmp_
     """The person's own folder may hold a file of any name."""
     (tmp_path / "json.py").write_text("raise SystemExit('wrong json')", encoding="utf-8")
     (tmp_path / "probe.py").write_bytes(PROBE.read_bytes())
-    done = subprocess.run([str(python), "probe.py"], capture_output=True, cwd=tmp_path, timeout=60, check=False)
+    done = subprocess.run([str(python), "probe.py"], capture_output=True, cwd=tmp_path, timeout=600, check=False)
     assert b"wrong json" in done.stderr  # Python itself put the folder first: this is what the doctor must not do
     assert facts_of(python, tmp_path, PATH="/usr/bin:/bin")["versions"]
 

@@ -1,5 +1,6 @@
 """The builder of environments, with packages made here in place of the training stack, and the cache they lie in."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from core.environment import venv, venv_cache
+from core.environment.pip_run import run_pip
 from core.environment.venv_versions import is_in_range
 from core.errors import ConflictError, InputError, MachineError
 from core.messages import Message
@@ -28,15 +30,23 @@ def wheel(folder: Path, name: str, module: str = "") -> None:
         f"{record}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        files[f"{record}/RECORD"] = "".join(f"{place},,\n" for place in [*files, f"{record}/RECORD"])
         for place, text in files.items():
-            archive.writestr(place, text)
-        archive.writestr(f"{record}/RECORD", "".join(f"{place},,\n" for place in [*files, f"{record}/RECORD"]))
+            archive.writestr(zipfile.ZipInfo(place), text)  # Without the time of day: the same wheel has the same hash.
 
 
 def requirements(folder: Path, *lines: str, name: str = "requirements.txt") -> Path:
     file = folder / name
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
+
+
+def locked(folder: Path, wheels: Path, *names: str) -> Path:
+    """A lock of these packages as they lie in `wheels`."""
+    digests = {
+        name: hashlib.sha256((wheels / f"{name}-1.0-py3-none-any.whl").read_bytes()).hexdigest() for name in names
+    }
+    return requirements(folder, *(f"{n}==1.0 \\\n    --hash=sha256:{d}" for n, d in digests.items()), name="any.lock")
 
 
 def options(wheels: Path) -> list[str]:
@@ -64,10 +74,10 @@ def test_environment_is_built_once_goes_on_after_a_failure_and_appears_whole(tmp
     assert folder == half.path
     assert (folder / "pyvenv.cfg").stat().st_mtime_ns == stamp  # The same environment went on.
     assert link.resolve() == folder
-    subprocess.run([link / "bin/python", "-c", "import first, second"], check=True, timeout=20)
-    began = time.monotonic()
-    build()
-    assert time.monotonic() - began < 2  # Nothing is started: pip alone takes longer.
+    subprocess.run([link / "bin/python", "-c", "import first, second"], check=True, timeout=600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(venv, "_build", None)  # It is not asked for.
+        build()
     [whole] = venv_cache.list_environments(cache)
     assert (whole.is_whole, whole.is_in_use, whole.links) == (True, True, (link,))
     with pytest.raises(ConflictError):
@@ -77,22 +87,59 @@ def test_environment_is_built_once_goes_on_after_a_failure_and_appears_whole(tmp
     assert list(cache.iterdir()) == []
 
 
-def test_an_environment_that_holds_more_is_used_where_it_is_there(tmp_path: Path):
+def test_a_lock_takes_no_other_file_than_it_names_and_its_environment_is_used_where_it_is_there(tmp_path: Path):
     wheels, cache = tmp_path / "wheels", tmp_path / "cache"
     wheel(wheels, "first")
     wheel(wheels, "tools")
-    base, more = requirements(tmp_path, "first"), requirements(tmp_path, "tools", name="requirements-dev.txt")
+    base, lock = requirements(tmp_path, "first"), locked(tmp_path, wheels, "first", "tools")
 
-    def build(*files: Path, or_with: tuple[Path, ...] = ()) -> Path:
+    def build(file: Path, *, or_with: Path | None = None, is_locked: bool = False) -> Path:
         return venv.ensure(
-            files, [], cache=cache, link=None, say=lambda _: None, pip_options=options(wheels), or_with=or_with
+            [file],
+            [],
+            cache=cache,
+            link=None,
+            say=lambda _: None,
+            pip_options=options(wheels),
+            or_with=or_with,
+            is_locked=is_locked,
         )
 
-    small = build(base, or_with=(more,))
-    large = build(base, more)
-    assert small != large
-    assert build(base, or_with=(more,)) == large
+    wheel(wheels, "tools", "print('somebody else')\n")
+    with pytest.raises(MachineError) as caught:
+        build(lock, is_locked=True)
+    assert "DO NOT MATCH THE HASHES" in caught.value.params["reason"]
+    small = build(base, or_with=lock)  # What is not whole is not used.
+    assert build(base, or_with=tmp_path / "none.lock") == small
+    wheel(wheels, "tools")
+    large = build(lock, is_locked=True)
+    assert large != small
+    subprocess.run([large / "bin/python", "-c", "import first, tools"], check=True, timeout=600)
+    assert build(base, or_with=lock) == large
     assert build(base) == small
+
+
+def test_a_lock_with_a_package_that_nobody_hashed_is_refused_before_anything_is_made(tmp_path: Path):
+    lock = requirements(tmp_path, "first==1.0", name="any.lock")
+    with pytest.raises(InputError) as caught:
+        venv.ensure([lock], [], cache=tmp_path / "cache", link=None, say=lambda _: None, is_locked=True)
+    assert (caught.value.code, caught.value.params["line"]) == ("dependencies.not_locked", "first==1.0")
+    assert venv_cache.list_environments(tmp_path / "cache") == []
+
+
+WAITING_BUILD = """
+import sys, threading
+from pathlib import Path
+from core.environment import venv
+
+def wait_to_be_killed(command):
+    Path(sys.argv[1]).touch()
+    threading.Event().wait()
+
+venv.run_pip = wait_to_be_killed
+sys.exit(venv.main(sys.argv[2:]))
+"""
+"""A build that has made its environment, and then comes no further than pip."""
 
 
 def test_killed_build_locks_nobody_out_and_goes_on(tmp_path: Path):
@@ -100,25 +147,20 @@ def test_killed_build_locks_nobody_out_and_goes_on(tmp_path: Path):
     wheels, cache = tmp_path / "wheels", tmp_path / "cache"
     wheel(wheels, "first")
     file = requirements(tmp_path, "first")
-    command = [
-        sys.executable,
-        "-m",
-        "core.environment.venv",
-        "ensure",
-        "--requirements",
-        str(file),
-        "--link",
-        str(tmp_path / "env"),
-    ]
-    command += [f"--pip-option={option}" for option in options(wheels)]
+    order = ["ensure", "--requirements", str(file), "--link", str(tmp_path / "env")]
+    order += [f"--pip-option={option}" for option in options(wheels)]
+    command = [sys.executable, "-m", "core.environment.venv", *order]
     environment = {**os.environ, "DANLU_CACHE": str(cache)}
+    at_pip = tmp_path / "at_pip"
     process = subprocess.Popen(
-        command, cwd=APP_ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+        [sys.executable, "-c", WAITING_BUILD, str(at_pip), *order], cwd=APP_ROOT, env=environment,
+        stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
     try:
-        deadline = time.monotonic() + 30
-        while not list(cache.glob("env-*/bin/python")):
+        deadline = time.monotonic() + 240
+        while not at_pip.exists():
             assert time.monotonic() < deadline
+            assert process.poll() is None
             time.sleep(0.01)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -126,10 +168,10 @@ def test_killed_build_locks_nobody_out_and_goes_on(tmp_path: Path):
     [half] = venv_cache.list_environments(cache)
     assert not half.is_whole
     assert not (tmp_path / "env").exists()
-    done = subprocess.run(command, cwd=APP_ROOT, env=environment, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=APP_ROOT, env=environment, capture_output=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr.decode()
     assert (tmp_path / "env").resolve() == half.path
-    subprocess.run([tmp_path / "env/bin/python", "-c", "import first"], check=True, timeout=20)
+    subprocess.run([tmp_path / "env/bin/python", "-c", "import first"], check=True, timeout=600)
 
 
 def fake_environment(cache: Path, name: str, *, is_whole: bool = True) -> Path:
@@ -229,7 +271,7 @@ def test_command_line_lists_and_cleans(
 def test_what_pip_says_becomes_a_reason(text: str, code: str):
     program = "import sys; print(sys.argv[1]); sys.exit(1)"
     with pytest.raises(MachineError) as caught:
-        venv._run_pip([sys.executable, "-c", program, text])
+        run_pip([sys.executable, "-c", program, text])
     assert caught.value.code == f"environment.{code}"
 
 
