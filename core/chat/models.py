@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.checkpoints.serving import SERVED_KINDS
 from core.errors import DanluError
 from core.files import read_json
 from core.project import Project
@@ -34,7 +35,7 @@ class ChatModel:
 
 def find_chat_models(project: Project, settings: Settings) -> list[ChatModel]:
     """Merged models, then adapters, newest first in each; then base models by name."""
-    merged = [_merged(folder) for folder in _newest(project.final_model)]
+    merged = [model for model in _whole_models(project) if model.kind not in SERVED_KINDS]
     adapters = [_adapter(folder) for folder in _newest(project.huggingface)]
     shared = [settings.shared_models] if settings.shared_models else []
     bases = {
@@ -47,6 +48,16 @@ def find_chat_models(project: Project, settings: Settings) -> list[ChatModel]:
         if model is not None and model.is_there:
             bases.setdefault(model.path.resolve(), ChatModel("base", model.path.name, model.path))
     return [model for model in (*merged, *adapters, *bases.values()) if model is not None]
+
+
+def find_served_models(project: Project) -> list[ChatModel]:
+    """Models that were exported for another server: this app's own worker cannot load them. Newest first."""
+    return [model for model in _whole_models(project) if model.kind in SERVED_KINDS]
+
+
+def _whole_models(project: Project) -> list[ChatModel]:
+    found = (_merged(folder) for folder in _newest(project.final_model))
+    return [model for model in found if model is not None]
 
 
 def _newest(root: Path) -> list[Path]:

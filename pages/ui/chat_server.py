@@ -3,7 +3,7 @@
 import streamlit as st
 
 from core.chat.client import Endpoint, Target, list_models
-from core.chat.models import ChatModel
+from core.chat.models import ChatModel, find_served_models
 from core.chat.servers import KIND, find_servers, installed_engines, start_server
 from core.errors import DanluError
 from core.project import Project
@@ -17,7 +17,7 @@ _EXAMPLES = "LMDeploy `http://127.0.0.1:23333` Â· vLLM `http://127.0.0.1:8000` Â
 
 def server_bar(project: Project, models: list[ChatModel]) -> Target | None:
     """Address, key and model of the server; None until it has answered."""
-    _start_bar(project, [model for model in models if model.adapter is None])
+    _start_bar(project, [*(model for model in models if model.adapter is None), *find_served_models(project)])
     started = find_servers(project)
     if started and not st.session_state.get("chat_server_url"):
         _fill(started[0].endpoint)
