@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from core.checkpoints.direct import DirectReader
+from core.checkpoints.direct import Bytes, DirectReader
 from core.checkpoints.lora import Change, LoadedPair, load_pair
 from core.checkpoints.tensors import NUMPY_TYPES, Array, DiskTensor, is_finite, narrow, widen, widen_into
 
@@ -31,7 +31,7 @@ def changed_blocks(source: DiskTensor, change: Change) -> Iterator[tuple[int, Ar
     start = change.replacement or source
     pairs = [load_pair(pair) for pair in change.pairs]
     magnitude = next((_floats(pair.magnitude) for pair in change.pairs if pair.magnitude is not None), None)
-    rows, width = _matrix_shape(source)
+    rows, width = matrix_shape(source)
     if magnitude is not None and change.pairs[0].is_transposed:
         yield 0, _checked(_dora_by_column(_floats(start).reshape(rows, width), pairs, magnitude), source.dtype)
         return
@@ -103,10 +103,12 @@ class _Buffers:
             np.copyto(bits, values)
 
 
-def read_rows(tensor: DiskTensor, rows: int, width: int, step: int) -> Iterator[tuple[int, Array]]:
-    """(first row, bits of at most `step` rows), these only good until the next."""
+def read_rows(
+    tensor: DiskTensor, rows: int, width: int, step: int, memory: Bytes | None = None
+) -> Iterator[tuple[int, Array]]:
+    """(first row, bits of at most `step` rows), these only good until the next. `memory`: see DirectReader."""
     kind = NUMPY_TYPES[tensor.dtype]
-    with DirectReader(tensor.file) as reader:
+    with DirectReader(tensor.file, memory) as reader:
         for row in range(0, rows, step):
             end = min(rows, row + step)
             if not tensor.is_contiguous:
@@ -114,7 +116,7 @@ def read_rows(tensor: DiskTensor, rows: int, width: int, step: int) -> Iterator[
                 continue
             start = tensor.offset + row * width * kind.itemsize
             values = reader.read(start, (end - row) * width * kind.itemsize)
-            yield row, values.view(kind) if start % kind.itemsize == 0 else np.frombuffer(values.tobytes(), kind)
+            yield row, values.view(kind) if start % kind.itemsize == 0 else np.frombuffer(bytearray(values), kind)
 
 
 def _checked(values: Floats, dtype: str) -> Array:
@@ -130,7 +132,7 @@ def _dora_by_column(weight: Floats, pairs: Sequence[LoadedPair], magnitude: Floa
     return np.asarray(whole * (magnitude / np.linalg.norm(whole, axis=0)), dtype=np.float32)
 
 
-def _matrix_shape(tensor: DiskTensor) -> tuple[int, int]:
+def matrix_shape(tensor: DiskTensor) -> tuple[int, int]:
     """Rows and width; a vector is a column, a number one row."""
     rows = tensor.shape[0] if tensor.shape else 1
     width = 1

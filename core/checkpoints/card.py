@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from core.checkpoints.serving import SERVED_KINDS, serve_commands
 from core.files import write_text
 
 _KINDS: Final = {
@@ -16,6 +17,8 @@ _KINDS: Final = {
     "full": "Fully fine-tuned model",
     "gguf": "GGUF file for llama.cpp and Ollama",
     "fp8": "Model with its linear layers in FP8, for vLLM",
+    "awq": "Model with 4-bit weights (AWQ), for vLLM",
+    "gptq": "Model with 4-bit weights (GPTQ), for vLLM",
 }
 _LOAD: Final = {
     "adapter": (
@@ -37,6 +40,7 @@ def write_card(folder: Path, value: Mapping[str, Any]) -> None:
         f"# {name}",
         _facts(value),
         _verification(value.get("verified")),
+        _quantization(value.get("quantized")),
         _template(value.get("prompt_template"), value.get("system")),
         _loading(name, value),
         _hashes(value.get("verified")),
@@ -97,6 +101,29 @@ def _verification(figures: Mapping[str, Any] | None) -> str:
     return "\n\n".join(parts)
 
 
+def _quantization(figures: Mapping[str, Any] | None) -> str:
+    """How the weights became 4-bit, and what that cost."""
+    if not figures:
+        return ""
+    rows = [
+        (
+            "Method",
+            f"{str(figures['method']).upper()}, {figures['bits']} bits, symmetric, groups of {figures['group_size']}",
+        ),
+        (
+            "Calibrated on",
+            f"{figures['rows']} rows, {figures['tokens']} tokens, with the prompt template of the training",
+        ),
+        ("Matrices", f"{figures['matrices']} quantised; {figures['kept']} tensors not quantised"),
+        ("Relative error of the weights", f"{figures['weight_error']:.3f}; worst {figures['worst_error']:.3f}"),
+    ]
+    if figures.get("loss_before") is not None:
+        loss = f"{figures['loss_before']:.4f} before, {figures['loss_after']:.4f} after"
+        rows.append((f"Loss on {figures['held_out_rows']} rows kept back", loss))
+    rows.append(("Made with", ", ".join(f"{name} {version}" for name, version in figures["versions"].items())))
+    return "## Quantisation\n\n" + _table(("", ""), [(key, _cell(text)) for key, text in rows])
+
+
 def _template(template: Mapping[str, Any] | None, system: str | None) -> str:
     if not template:
         return ""
@@ -108,8 +135,9 @@ def _template(template: Mapping[str, Any] | None, system: str | None) -> str:
 def _loading(name: str, value: Mapping[str, Any]) -> str:
     if value["kind"] == "gguf":
         return f"## Use\n\n```sh\nollama create {name} -f Modelfile && ollama run {name}\nllama-cli -m {value['file']} --jinja\n```"
-    if value["kind"] == "fp8":
-        return f"## Use\n\n```sh\nvllm serve {name}\n```\n\ntransformers reads it too, with the package compressed-tensors."
+    if value["kind"] in SERVED_KINDS:
+        commands = "\n".join(serve_commands(name, group_size=(value.get("quantized") or {}).get("group_size")))
+        return f"## Use\n\n```sh\n{commands}\n```\n\ntransformers reads it too, with the package compressed-tensors."
     lines = _LOAD.get(str(value["kind"]), _LOAD["merged"])
     tokenizer = ["from transformers import AutoTokenizer", 'tokenizer = AutoTokenizer.from_pretrained("{name}")']
     code = "\n".join(line.format(name=name) for line in (lines[0], tokenizer[0], "", lines[1], tokenizer[1]))

@@ -14,7 +14,8 @@ import numpy as np
 
 from core.checkpoints.adapter import CONFIG, WEIGHTS
 from core.checkpoints.companions import copy_tokenizer, describe, write_chat_template
-from core.checkpoints.deliverables import ONE_THREAD
+from core.checkpoints.deliverables import ONE_THREAD, gpus_for
+from core.checkpoints.gpu_blocks import CPU
 from core.checkpoints.lora import Adapter, open_adapter, scale_of, split_key
 from core.checkpoints.merge import merge_adapter, read_description
 from core.checkpoints.planner import check_base
@@ -48,11 +49,12 @@ def start_combination(
     method: str,
     density: float,
     verify: bool,
+    device: str = CPU,
 ) -> RunDirectory:
-    """Start `deliver_combination` as a job of kind "merge".
+    """Start `deliver_combination` as a job of kind "merge". `device`: that the merge computes on.
 
     Raises InputError `checkpoints.bad_method`, `checkpoints.bad_name`, `checkpoints.too_few_adapters`, `files.outside`; ConflictError
-    `files.exists`.
+    `files.exists`; MachineError `checkpoints.no_gpu`.
     """
     if method not in METHODS or not 0 < density < 1:
         raise InputError("checkpoints.bad_method", method=method, density=density)
@@ -76,9 +78,11 @@ def start_combination(
         "method": method,
         "density": density,
         "verify": verify,
+        "device": device,
     }
     function = "core.checkpoints.combination:deliver_combination"
-    return start_job(project, function, kind="merge", title=stripped, arguments=arguments, env=ONE_THREAD)
+    gpus = gpus_for(device)
+    return start_job(project, function, kind="merge", title=stripped, arguments=arguments, gpus=gpus, env=ONE_THREAD)
 
 
 def combination_targets(project: Project, name: str, method: str) -> list[Path]:
@@ -95,6 +99,7 @@ def deliver_combination(
     method: str = SUM,
     density: float = 0.5,
     verify: bool = True,
+    device: str = CPU,
     progress: Progress,
 ) -> dict[str, Any]:
     """Adapters → merged model in final_model/`name` → verified. A job function. Returns {"adapter", "model", "verified"}.
@@ -115,7 +120,7 @@ def deliver_combination(
         combine_adapters(adapters, weights, str(made), method=method, density=density, progress=progress)
         adapters, weights = [str(made)], [1.0]
     model = place.final_model / name
-    merge_adapter(str(base), adapters, str(model), weights=weights, progress=progress)
+    merge_adapter(str(base), adapters, str(model), weights=weights, device=device, progress=progress)
     verified = verify_merge(str(model), progress=progress) if verify else None
     return {"adapter": str(made) if made else None, "model": str(model), "verified": verified}
 

@@ -11,13 +11,15 @@ from typing import Any, Final
 from core.checkpoints.adapter import export_adapter
 from core.checkpoints.companions import DESCRIPTION
 from core.checkpoints.full import export_full
+from core.checkpoints.gpu_blocks import CPU, CUDA
 from core.checkpoints.inspect import CheckpointCard, inspect_checkpoint
 from core.checkpoints.merge import merge_adapter
-from core.checkpoints.planner import check_base
-from core.checkpoints.recipe import read_recipe
+from core.checkpoints.planner import plan_delivery
+from core.checkpoints.serving import SERVED_KINDS
 from core.checkpoints.verify import verify_merge
-from core.errors import DanluError
+from core.errors import DanluError, MachineError
 from core.files import read_json, tree_size_bytes, within
+from core.launchers.local import idle_gpu
 from core.models.remote_code import require_allowed
 from core.project import Project
 from core.runs.directory import RunDirectory
@@ -34,7 +36,7 @@ class Deliverable:
 
     path: Path
     kind: str
-    """`adapter`, `merged`, `full`, `gguf` or `fp8`; `unknown` for a model that Danlu did not make."""
+    """`adapter`, `merged`, `full`, `gguf`, `fp8`, `awq` or `gptq`; `unknown` for a model that Danlu did not make."""
     run: str | None
     checkpoint: str | None
     dtype: str | None
@@ -44,6 +46,8 @@ class Deliverable:
     verified: dict[str, Any] | None
     sources: tuple[str, ...] = ()
     """Names of the adapters that it was merged or combined from."""
+    quantized: dict[str, Any] | None = None
+    """How its weights became 4-bit, in figures."""
 
     @property
     def name(self) -> str:
@@ -55,8 +59,8 @@ class Deliverable:
 
     @property
     def is_model(self) -> bool:
-        """Whether one can chat with it as it is: FP8 needs a package that is not here."""
-        return self.kind != "fp8" and (self.path / "config.json").is_file()
+        """Whether one can chat with it as it is: FP8 and 4-bit weights need a package that is not here."""
+        return self.kind not in SERVED_KINDS and (self.path / "config.json").is_file()
 
 
 def list_deliverables(project: Project) -> list[Deliverable]:
@@ -104,10 +108,11 @@ def start_delivery(
     dtype: str,
     merge: bool,
     verify: bool,
+    device: str = CPU,
 ) -> RunDirectory:
-    """Start `deliver` as a job (kind "merge", or "adapter" without merging).
+    """Start `deliver` as a job (kind "merge", or "adapter" without merging). `device`: that the merge computes on.
 
-    Raises InputError for a checkpoint outside of the project.
+    Raises InputError for a checkpoint outside of the project, MachineError `checkpoints.no_gpu`.
     """
     inside = within(checkpoint, project.root)
     arguments = {
@@ -118,6 +123,7 @@ def start_delivery(
         "dtype": dtype,
         "merge": merge,
         "verify": verify,
+        "device": device,
     }
     return start_job(
         project,
@@ -125,8 +131,19 @@ def start_delivery(
         kind="merge" if merge else "adapter",
         title=f"{inside.parent.name} / {arguments['name']}",
         arguments=arguments,
+        gpus=gpus_for(device),
         env=ONE_THREAD,
     )
+
+
+def gpus_for(device: str) -> list[str]:
+    """What a job that merges on `device` asks for: the GPU that is most idle, for which it waits if a run holds it."""
+    if device != CUDA:
+        return []
+    gpu = idle_gpu()
+    if gpu is None:
+        raise MachineError("checkpoints.no_gpu")
+    return [gpu]
 
 
 def deliver(
@@ -138,33 +155,41 @@ def deliver(
     dtype: str = "keep",
     merge: bool = True,
     verify: bool = True,
+    device: str = CPU,
     progress: Progress,
 ) -> dict[str, Any]:
     """Checkpoint → adapter in huggingface/`name` → merged model in final_model/`name` → verified.
 
     A full fine-tune goes to final_model/ at once.
 
-    An adapter of this checkpoint that is there already is used. Returns {"adapter", "model", "verified"}.
+    An adapter of this checkpoint that is there already is used. Returns {"adapter", "model", "verified"}. Raises what a plan names as its
+    problem, before anything is written.
     """
     place = Project(Path(project))
     card = inspect_checkpoint(Path(checkpoint))
     if card.problem is not None:
         raise card.problem
-    if not card.is_adapter:
-        made = export_full(
-            checkpoint, str(place.final_model / name), base_model=base_model, dtype=dtype, progress=progress
-        )
-        return {"adapter": None, "model": made["path"], "verified": None}
     adapter = place.huggingface / name
-    if not _is_adapter_of(adapter, card.name, Path(checkpoint).parent.name):
+    has_adapter = bool(card.is_adapter) and _is_adapter_of(adapter, card.name, Path(checkpoint).parent.name)
+    if has_adapter and not merge:
+        return {"adapter": str(adapter), "model": None, "verified": None}
+    targets = delivery_targets(place, card, name, merge=merge)
+    plan = plan_delivery(card, targets, base_model=base_model, dtype=dtype, merge=merge, verify=verify, device=device)
+    if plan.problem is not None:
+        raise plan.problem
+    if not card.is_adapter:
+        made = export_full(checkpoint, str(targets[0]), base_model=base_model, dtype=dtype, progress=progress)
+        return {"adapter": None, "model": made["path"], "verified": None}
+    if not has_adapter:
         export_adapter(checkpoint, str(adapter), base_model=base_model, dtype=dtype, progress=progress)
     if not merge:
         return {"adapter": str(adapter), "model": None, "verified": None}
-    base = base_model or read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-    check_base(Path(base), read_recipe(Path(checkpoint), {}))
+    assert plan.base is not None  # or the plan would have a problem
     if verify:  # the answers of both models are compared, which runs the code that comes with them
-        require_allowed(place, Path(base))
-    merged = merge_adapter(base, [str(adapter)], str(place.final_model / name), progress=progress)
+        require_allowed(place, plan.base)
+    merged = merge_adapter(
+        str(plan.base), [str(adapter)], str(place.final_model / name), device=device, progress=progress
+    )
     verified = verify_merge(merged["path"], progress=progress) if verify else None
     return {"adapter": str(adapter), "model": merged["path"], "verified": verified}
 
@@ -212,6 +237,7 @@ def _describe(folder: Path) -> Deliverable:
         created_at=folder.stat().st_mtime,
         verified=verified if isinstance(verified, dict) else None,
         sources=_source_names(value.get("adapters")),
+        quantized=quantized if isinstance(quantized := value.get("quantized"), dict) else None,
     )
 
 

@@ -22,18 +22,21 @@ from core.errors import InputError
 
 Bytes = NDArray[np.uint8]
 
-_ALIGNMENT: Final = 4096
+ALIGNMENT_BYTES: Final = 4096
 """Offsets, sizes and addresses of direct access are multiples of it: no disk in use has larger logical blocks."""
 WINDOW_BYTES: Final = 1 << 22
 _LIBC: Final = ctypes.CDLL(None)
 
 
 class DirectReader:
-    """An open file. What `read` gives is only good until the next `read`."""
+    """An open file. What `read` gives is only good until the next `read`.
 
-    def __init__(self, file: Path) -> None:
+    `memory`: to read into where it is large enough: `size` and three times the alignment.
+    """
+
+    def __init__(self, file: Path, memory: Bytes | None = None) -> None:
         self._file = file
-        self._memory = _aligned(0)
+        self._memory = _aligned(0) if memory is None else _align(memory)
         self._handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         self._cache = _PageCache(self._handle)
         try:
@@ -54,7 +57,7 @@ class DirectReader:
 
     def read(self, offset: int, size: int) -> Bytes:
         """`size` bytes from `offset` on. Raises InputError `checkpoints.truncated`."""
-        first = offset - offset % _ALIGNMENT
+        first = offset - offset % ALIGNMENT_BYTES
         span = _rounded_up(offset + size) - first
         if self._memory.size < span:
             self._memory = _aligned(span)
@@ -196,9 +199,12 @@ class DirectWriter:
 
 
 def _aligned(size: int) -> Bytes:
-    memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
-    return memory[-memory.ctypes.data % _ALIGNMENT :][:size]
+    return _align(np.empty(size + ALIGNMENT_BYTES, dtype=np.uint8))[:size]
+
+
+def _align(memory: Bytes) -> Bytes:
+    return memory[-memory.ctypes.data % ALIGNMENT_BYTES :]
 
 
 def _rounded_up(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

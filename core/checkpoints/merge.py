@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.checkpoints.blocks import changed_blocks
 from core.checkpoints.companions import copy_companions, describe, set_config, write_chat_template
+from core.checkpoints.gpu_blocks import CPU, GpuBlocks
 from core.checkpoints.lora import Plan, open_adapter, plan_changes
 from core.checkpoints.shards import INDEX, Shard, make_header, read_folder
-from core.checkpoints.staging import stage
+from core.checkpoints.staging import left_bytes, stage
 from core.checkpoints.tensors import FLOATS
-from core.checkpoints.writer import FilePlan, Output, Writer
+from core.checkpoints.writer import Arithmetic, FilePlan, Output, Writer
 from core.errors import DanluError, InputError
 from core.files import read_json, require_absent, require_space, write_json
 from core.runs.job import Progress
@@ -42,20 +44,23 @@ def merge_adapter(
     target: str,
     *,
     weights: Sequence[float] | None = None,
+    device: str = CPU,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write the merged model `target`. Several adapters are summed, each times its weight (default 1).
+    """Write the merged model `target`. Several adapters are summed, each times its weight (default 1). `device`: gpu_blocks.CPU or CUDA.
 
     Returns {"path", "size_bytes", "changed", "tensors", "dtype"}. Raises DanluError before anything is written for a base or adapter that
-    does not fit, `checkpoints.not_finite`/`checkpoints.overflow` if a result is NaN or infinite; then nothing is left.
+    does not fit and for a GPU that is not there; `checkpoints.not_finite`, `checkpoints.overflow` if a result is NaN or infinite,
+    `checkpoints.gpu_memory`: then nothing is left.
     """
     folder = Path(target)
     require_absent(folder)
     merge = plan_merge(Path(base_model), [Path(adapter) for adapter in adapters], weights)
-    require_space(folder, merge.size_bytes + 2**24)
+    require_space(folder, merge.size_bytes + 2**24 - left_bytes(folder))
+    arithmetic = changed_blocks if device == CPU else GpuBlocks(device)
     first = read_description(Path(adapters[0]))
-    with stage(folder, _identity(merge, adapters, weights)) as part:
-        _write_shards(merge, part, progress)
+    with stage(folder, _identity(merge, adapters, weights, device)) as part:
+        _write_shards(merge, part, arithmetic, progress)
         copy_companions(merge.base, part)
         _write_index(merge, part)
         write_chat_template(part, first.get("prompt_template"))
@@ -72,7 +77,8 @@ def merge_adapter(
             system=first.get("system"),
             dtype=merge.dtype,
             details={
-                "adapters": [{"path": str(path), "weight": _weight(weights, n)} for n, path in enumerate(adapters)]
+                "adapters": [{"path": str(path), "weight": _weight(weights, n)} for n, path in enumerate(adapters)],
+                "device": device,
             },
         )
     tensors = sum(len(shard.tensors) for shard, _ in merge.shards)
@@ -105,8 +111,8 @@ def plan_merge(base: Path, adapters: Sequence[Path], weights: Sequence[float] | 
     return MergePlan(base, placed, plan, max(set(kinds), key=kinds.count))
 
 
-def _write_shards(merge: MergePlan, part: Path, progress: Progress) -> None:
-    with Writer(merge.size_bytes, progress) as writer:
+def _write_shards(merge: MergePlan, part: Path, arithmetic: Arithmetic, progress: Progress) -> None:
+    with Writer(merge.size_bytes, progress, arithmetic) as writer:
         for shard, new in merge.shards:
             writer.write(_plan_file(shard, new, merge.plan, part / shard.safetensors_name))
 
@@ -139,13 +145,15 @@ def _write_index(merge: MergePlan, part: Path) -> None:
     write_json(part / INDEX, {**index, "metadata": metadata, "weight_map": {**index.get("weight_map", {}), **place}})
 
 
-def _identity(merge: MergePlan, adapters: Sequence[str], weights: Sequence[float] | None) -> dict[str, Any]:
+def _identity(
+    merge: MergePlan, adapters: Sequence[str], weights: Sequence[float] | None, device: str
+) -> dict[str, Any]:
     """What a killed merge must have in common with this one to go on in its folder."""
     files = [shard.file for shard, _ in merge.shards] + [
         Path(folder) / "adapter_model.safetensors" for folder in adapters
     ]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    text = repr((stats, list(weights or [])))
+    text = repr((stats, list(weights or []), device))
     return {"merge": hashlib.sha256(text.encode()).hexdigest()}
 
 

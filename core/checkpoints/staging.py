@@ -8,18 +8,48 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from core.errors import ConflictError, DanluError, MachineError
-from core.files import read_json, require_absent, write_json
+from core.files import read_json, require_absent, tree_size_bytes, write_json
 from core.runs.processes import ProcessIdentity, identify
 
 _PLAN: Final = ".plan.json"
 
 
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What a killed process left of `target`."""
+
+    target: Path
+    size_bytes: int
+
+
 def staging_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.part")
+
+
+def left_bytes(target: Path) -> int:
+    """What lies on the disk of `target` already, or is thrown away before it is written anew: needs no more space."""
+    return tree_size_bytes(staging_folder(target))
+
+
+def leftovers(folder: Path) -> list[Leftover]:
+    """Unfinished work in `folder` that no living process writes."""
+    found = sorted(part for part in folder.glob(".*.part") if part.is_dir() and not _is_another(_record(part)))
+    targets = [folder / part.name.removeprefix(".").removesuffix(".part") for part in found]
+    return [Leftover(target, left_bytes(target)) for target in targets]
+
+
+def remove_leftover(target: Path) -> None:
+    """Raises ConflictError `checkpoints.being_written` if a living process writes it, MachineError."""
+    part = staging_folder(target)
+    if _is_another(_record(part)):
+        raise ConflictError("checkpoints.being_written", path=str(part))
+    with writing(target):
+        shutil.rmtree(part)
 
 
 @contextmanager
@@ -64,11 +94,8 @@ def writing(target: Path) -> Iterator[None]:
 def _claim(part: Path, plan: Any) -> None:
     """Make `part` ours: fresh, or the one a killed process with the same plan left."""
     if part.exists():
-        try:
-            left = read_json(part / _PLAN)
-        except DanluError:
-            left = {}
-        if _is_another(left.get("process")):
+        left = _record(part)
+        if _is_another(left):
             raise ConflictError("checkpoints.being_written", path=str(part))
         if left.get("plan") != plan:
             shutil.rmtree(part)
@@ -77,10 +104,19 @@ def _claim(part: Path, plan: Any) -> None:
     write_json(part / _PLAN, {"process": own.to_json() if own else None, "plan": plan})
 
 
-def _is_another(recorded: Any) -> bool:
+def _record(part: Path) -> dict[str, Any]:
+    """Who writes `part`, and what; empty where that cannot be read."""
+    try:
+        record = read_json(part / _PLAN)
+    except DanluError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _is_another(record: dict[str, Any]) -> bool:
     """Whether a living process other than this one is writing."""
     try:
-        process = ProcessIdentity.from_json(recorded)
+        process = ProcessIdentity.from_json(record["process"])
     except (KeyError, TypeError, ValueError):
         return False
     return process.pid != os.getpid() and process.is_alive()

@@ -4,7 +4,9 @@ Figures go to danlu.json and the model card. torch and transformers are imported
 """
 
 import gc
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +26,8 @@ LOGIT_TOLERANCE: Final = 5e-3
 """Relative L2 error of the logits against peft's own merge, rounded to the same type, both models computed in float32. Equal weights give
 about 1e-6; a few weights that fall on the other side of a rounding boundary, since the sums are in another order, a little more. What the
 rounding itself costs depends on the model (SmolLM2-135M in bfloat16: 9e-2), so it is reported, not judged."""
+_MANY_PARAMETERS: Final = 50_000_000
+"""Below, torch's threads wait for each other longer than they compute."""
 PROMPTS: Final = ("你好，请介绍一下你自己。", "Who are you, and who made you?", "What is 17 + 25?")
 
 
@@ -64,6 +68,11 @@ def check_logits(plan: MergePlan, base: Path, adapter: Path, merged: Path, progr
     The merged model is judged against peft's merge of the same adapter, rounded once to the same types; `rounding_error` tells how far
     that rounding moves the logits from base + adapter unmerged.
     """
+    with _threads(plan):
+        return _compare_logits(plan, base, adapter, merged, progress)
+
+
+def _compare_logits(plan: MergePlan, base: Path, adapter: Path, merged: Path, progress: Progress) -> dict[str, Any]:
     from peft import PeftModel
 
     progress.update(0, 3, message("checkpoints.progress.verify_logits"))
@@ -90,6 +99,24 @@ def check_logits(plan: MergePlan, base: Path, adapter: Path, merged: Path, progr
     }
 
 
+@contextmanager
+def _threads(plan: MergePlan) -> Iterator[None]:
+    """All processors for a model that keeps them busy: a merge's own job gives torch one (`deliverables.ONE_THREAD`)."""
+    import torch
+
+    before = torch.get_num_threads()
+    if _parameters(plan) >= _MANY_PARAMETERS:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _parameters(plan: MergePlan) -> int:
+    return sum(tensor.numel for shard, _ in plan.shards for tensor in shard.tensors.values())
+
+
 def _distance(expected: Any, found: Any) -> float:
     """L2 distance of logits, relative to their spread around each position's mean."""
     spread = np.linalg.norm(expected - expected.mean(axis=1, keepdims=True))
@@ -112,8 +139,7 @@ def _round_changed(model: Any, plan: MergePlan) -> Any:
 
 def _fits(plan: MergePlan) -> bool:
     """Whether one model in float32 and as much again for loading take less than half of the free memory."""
-    parameters = sum(tensor.numel for shard, _ in plan.shards for tensor in shard.tensors.values())
-    return parameters * 4 * 2 < psutil.virtual_memory().available / 2
+    return _parameters(plan) * 4 * 2 < psutil.virtual_memory().available / 2
 
 
 def _load_model(folder: Path, *, is_untied: bool = False) -> Any:

@@ -4,7 +4,7 @@ A file has a hidden name until it is whole and on the disk: one with its final n
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,17 @@ import numpy as np
 from core.checkpoints.blocks import NotFiniteError, changed_blocks
 from core.checkpoints.direct import WINDOW_BYTES, DirectReader, DirectWriter
 from core.checkpoints.lora import Change
-from core.checkpoints.tensors import NUMPY_TYPES, DiskTensor, is_finite
+from core.checkpoints.tensors import NUMPY_TYPES, Array, DiskTensor, is_finite
 from core.errors import InputError
 from core.messages import message
 from core.runs.job import Progress
 
 _THREADS: Final = min(8, (os.cpu_count() or 2) + 2)
 """More than processors: some wait for the disk, which reads and writes at once."""
+
+
+Arithmetic = Callable[[DiskTensor, Change], Iterator[tuple[int, Array]]]
+"""What `blocks.changed_blocks` is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +55,9 @@ class FilePlan:
 class Writer:
     """Writes files one after the other; while the disk takes one in, the next is computed. Close it to wait for the last."""
 
-    def __init__(self, total: int, progress: Progress) -> None:
+    def __init__(self, total: int, progress: Progress, arithmetic: Arithmetic = changed_blocks) -> None:
         self._total, self._progress, self._done = total, progress, 0
-        self._is_stopped = False
+        self._arithmetic, self._is_stopped = arithmetic, False
         self._workers = ThreadPoolExecutor(_THREADS)
         self._syncing = ThreadPoolExecutor(1)
         self._synced: list[Future[None]] = []
@@ -110,7 +114,7 @@ class Writer:
         item = NUMPY_TYPES[output.source.dtype].itemsize
         try:
             with np.errstate(all="ignore"):
-                for element, bits in changed_blocks(output.source, output.change):
+                for element, bits in self._arithmetic(output.source, output.change):
                     if self._is_stopped:
                         return 0
                     target.write(bits.reshape(-1).view(np.uint8), output.offset + element * item)

@@ -7,13 +7,14 @@ from core.runs.jobs import list_runs
 from pages.ui import shell
 from pages.ui.export_choice import choose_checkpoint, choose_options, show_plan
 from pages.ui.export_combination import combination_panel
+from pages.ui.export_leftovers import leftovers_panel
 from pages.ui.export_list import deliverables_list
 from pages.ui.jobs import job_panel
 from pages.ui.text import show_error, t
 
 project = shell.require_project()
 shell.page_header("export")
-job_panel(project, ("adapter", "merge", "gguf", "fp8", "upload", "verify"))
+job_panel(project, ("adapter", "merge", "gguf", "fp8", "quantize", "upload", "verify"))
 try:
     card = choose_checkpoint(project, list_runs(project))
     if card is None:
@@ -29,4 +30,5 @@ try:
 except DanluError as error:
     show_error(error)
 combination_panel(project)
+leftovers_panel(project)
 deliverables_list(project)

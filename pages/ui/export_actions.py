@@ -12,6 +12,7 @@ from core.checkpoints.modelscope_upload import PACKAGE
 from core.errors import DanluError
 from core.project import Project
 from pages.ui.audit import note
+from pages.ui.export_quantize import quantize_dialog
 from pages.ui.text import gib, show_error, t
 
 _HUBS = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
@@ -19,7 +20,7 @@ _HUBS = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 
 def actions_of(project: Project, item: Deliverable) -> list[str]:
     """Names of what can be done with `item`, in the order of the menu."""
-    found = ["gguf", "fp8"] if item.is_model else []
+    found = ["gguf", "fp8", "quantize"] if item.is_model else []
     found += ["verify"] if item.kind == "merged" else []
     # A model that lies in final_model/ itself, as in the guide, is not ours to remove or send.
     return found + (["upload", "remove"] if item.path.parent != project.root else [])
@@ -30,7 +31,8 @@ def open_action(name: str, project: Project, item: Deliverable) -> None:
     if name == "verify":
         _run(lambda: start_verify(project, item.path), "start", f"verify {item.name}")
     else:
-        {"gguf": _gguf, "fp8": _fp8, "upload": _upload, "remove": _remove}[name](project, item)
+        dialogs = {"gguf": _gguf, "fp8": _fp8, "quantize": quantize_dialog, "upload": _upload, "remove": _remove}
+        dialogs[name](project, item)
 
 
 @st.dialog(":material/package_2: GGUF")

@@ -8,9 +8,11 @@ import numpy as np
 import streamlit as st
 
 from core.checkpoints.deliverables import delivery_name, delivery_targets, list_deliverables, start_delivery
+from core.checkpoints.gpu_blocks import CPU, CUDA
 from core.checkpoints.inspect import CheckpointCard, list_checkpoints
 from core.checkpoints.planner import plan_delivery
 from core.errors import DanluError
+from core.launchers.local import list_gpus
 from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.jobs import active_jobs
@@ -30,6 +32,7 @@ class Options:
     dtype: str
     merge: bool
     verify: bool
+    device: str
 
 
 def choose_checkpoint(project: Project, runs: Sequence[RunDirectory]) -> CheckpointCard | None:
@@ -68,11 +71,13 @@ def choose_options(card: CheckpointCard) -> Options:
     """How to deliver it."""
     st.subheader(t("export.options"))
     merge = verify = False
+    device = CPU
     if card.is_adapter:
         merge = st.toggle(t("export.merge"), value=True, key="export_merge", help=t("export.merge_help"))
         verify = st.toggle(
             t("export.verify"), value=True, key="export_verify", disabled=not merge, help=t("export.verify_help")
         )
+        device = choose_device("export_gpu", is_disabled=not merge)
     kind = "adapter" if card.is_adapter else "full"
     dtype = st.selectbox(
         t(f"export.dtype_{kind}"),
@@ -84,7 +89,15 @@ def choose_options(card: CheckpointCard) -> Options:
     base = st.text_input(
         t("export.base"), key="export_base", placeholder=t("export.base_placeholder"), help=t("export.base_help")
     )
-    return Options(base.strip() or None, dtype, merge, merge and verify)
+    return Options(base.strip() or None, dtype, merge, merge and verify, device)
+
+
+def choose_device(key: str, *, is_disabled: bool = False) -> str:
+    """Where a merge computes; without a GPU there is nothing to choose."""
+    if not list_gpus():
+        return CPU
+    is_chosen = st.toggle(t("export.gpu"), key=key, disabled=is_disabled, help=t("export.gpu_help"))
+    return CUDA if is_chosen and not is_disabled else CPU
 
 
 def show_plan(project: Project, card: CheckpointCard, options: Options) -> None:
@@ -99,6 +112,7 @@ def show_plan(project: Project, card: CheckpointCard, options: Options) -> None:
         dtype=options.dtype,
         merge=options.merge,
         verify=options.verify,
+        device=options.device,
     )
     figures = (
         (t("export.memory"), gib(plan.ram_bytes), t("export.memory_help")),
@@ -132,6 +146,7 @@ def show_plan(project: Project, card: CheckpointCard, options: Options) -> None:
                 dtype=options.dtype,
                 merge=options.merge,
                 verify=options.verify,
+                device=options.device,
             )
             note("export", f"{card.path.parent.name}/{card.name}")
         except DanluError as error:

@@ -10,6 +10,7 @@ from core.errors import DanluError
 from core.project import Project
 from core.runs.jobs import active_jobs
 from pages.ui.audit import note
+from pages.ui.export_choice import choose_device
 from pages.ui.text import show_error, t
 
 
@@ -74,13 +75,15 @@ def _choose_method(project: Project, chosen: Sequence[Deliverable], weights: Seq
         help=t("export.combine_name_help"),
     )
     verify = st.toggle(t("export.verify"), value=True, key="export_combine_verify", help=t("export.verify_help"))
+    device = choose_device("export_combine_gpu")
     places = combination_targets(project, name.strip() or "…", method)
     st.caption("  \n".join(t("export.target", path=str(place.relative_to(project.root))) for place in places))
     is_blocked = len(chosen) < 2 or bool(active_jobs(project, ("adapter", "merge")))
     if st.button(t("export.combine_start"), key="export_combine_start", disabled=is_blocked, width="stretch"):
         try:
             paths = [item.path for item in chosen]
-            start_combination(project, paths, weights, name, method=method, density=density, verify=verify)
+            options = {"method": method, "density": density, "verify": verify, "device": device}
+            start_combination(project, paths, weights, name, **options)
         except DanluError as error:
             show_error(error)
         else:

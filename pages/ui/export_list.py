@@ -7,6 +7,7 @@ from core.project import Project
 from pages.ui import shell
 from pages.ui.audit import note
 from pages.ui.export_actions import actions_of, open_action
+from pages.ui.export_quantize import show_quantized
 from pages.ui.text import gib, t
 
 _LARGEST_DOWNLOAD_BYTES = 512 * 2**20
@@ -16,6 +17,8 @@ _ICONS = {
     "full": ":material/deployed_code:",
     "gguf": ":material/package_2:",
     "fp8": ":material/compress:",
+    "awq": ":material/grid_4x4:",
+    "gptq": ":material/grid_4x4:",
 }
 
 
@@ -45,6 +48,9 @@ def _row(project: Project, item: Deliverable) -> None:
         if item.verified:
             with st.expander(t("export.figures")):
                 _figures(item.verified)
+        if item.quantized:
+            with st.expander(t("quantize.figures")):
+                show_quantized(item.path, item.quantized)
 
 
 def _origin(item: Deliverable) -> str:

@@ -25,6 +25,7 @@ from core.checkpoints.full import export_full
 from core.checkpoints.handover import start_gguf, start_upload
 from core.checkpoints.inspect import inspect_checkpoint
 from core.checkpoints.planner import plan_delivery
+from core.checkpoints.staging import staging_folder
 from core.checkpoints.verify import verify_merge
 from core.errors import ConflictError, DanluError, InputError, JobError
 from core.files import write_json
@@ -179,7 +180,7 @@ def test_nan_in_a_checkpoint_is_found_before_anything_appears(project: Project, 
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_plan_tells_sizes_and_problems_without_writing(project: Project) -> None:
+def test_plan_tells_sizes_and_problems_without_writing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     card = inspect_checkpoint(checkpoint(project))
     targets = delivery_targets(project, card, "iter_4", merge=True)
 
@@ -197,9 +198,35 @@ def test_plan_tells_sizes_and_problems_without_writing(project: Project) -> None
     shutil.rmtree(project.final_model / "iter_4")
     shutil.rmtree(project.huggingface / "iter_4")
     assert planned(base_model=str(project.root)).problem.code == "checkpoints.no_base"
+    with monkeypatch.context() as patch:
+        patch.setattr("core.checkpoints.planner.os.access", lambda *_: False)
+        assert planned().problem.code == "checkpoints.read_only"
+    assert planned(device="cuda").ram_bytes > plan.ram_bytes
+    usage = type("usage", (), {"free": plan.disk_bytes - 1})
+    monkeypatch.setattr("core.checkpoints.planner.shutil.disk_usage", lambda _: usage)
+    assert planned().problem.code == "files.no_space"
+    left = staging_folder(project.final_model / "iter_4")
+    left.mkdir()
+    (left / "part").write_bytes(b"x")
+    assert planned().problem is None, "a killed merge's bytes are there already"
+    shutil.rmtree(left)
+    monkeypatch.undo()
+    smaller = write_tiny_llama(project.model / "smaller", dtype="bfloat16", layers=1)
+    assert planned(base_model=str(smaller)).problem.code == "checkpoints.unused_keys"
     (project.model / "tiny" / "model-00001-of-00002.safetensors").unlink()
     assert planned().problem.code == "checkpoints.missing_shard"
     assert not list(project.final_model.iterdir())
+
+
+def test_a_base_that_is_damaged_leaves_no_adapter_behind_either(project: Project) -> None:
+    file = project.model / "tiny" / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputError) as caught:
+        run(project)
+    assert caught.value.code == "checkpoints.truncated"
+    assert not [*project.huggingface.iterdir(), *project.final_model.iterdir()]
+    run(project, merge=False)
+    assert run(project, merge=False)["adapter"] == str(project.huggingface / "iter_4"), "made once, used again"
 
 
 def test_another_base_than_the_trained_one_is_refused_though_it_fits(project: Project) -> None:

@@ -15,8 +15,8 @@ import pytest
 from core.checkpoints import blocks
 from core.checkpoints.merge import merge_adapter
 from core.checkpoints.shards import read_folder, read_shard, write_shard
-from core.checkpoints.staging import staging_folder
-from core.checkpoints.tensors import widen
+from core.checkpoints.staging import left_bytes, leftovers, remove_leftover, staging_folder
+from core.checkpoints.tensors import narrow, widen
 from core.checkpoints.verify import verify_merge
 from core.errors import ConflictError, DanluError, JobError, MachineError
 from core.messages import Message
@@ -84,6 +84,25 @@ def test_a_merged_value_is_the_formula_rounded_once(base: Path, adapter: Path) -
         found = widen(merged[f"{module}.weight"].read(), "BF16")
         # Half a step of bfloat16 is at most 2^-8 of the value; the rest is float32's.
         assert np.all(np.abs(found - exact) <= np.abs(exact) * 2**-8 + 1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_an_adapter_in_half_precision_counts_with_the_values_it_has(
+    dtype: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    tensors = read_shard(adapter / "adapter_model.safetensors").tensors
+    values = {name: tensor.read() for name, tensor in tensors.items()}
+    half = write_adapter_tensors(tmp_path / "half", values, dtype)
+    rounded = {
+        name: widen(narrow(value.reshape(-1), dtype), dtype).reshape(value.shape) for name, value in values.items()
+    }
+    written = [half, write_adapter_tensors(tmp_path / "rounded", rounded)]
+    found = []
+    for number, one in enumerate(written):
+        shards = digest(merge(base, one))
+        (base.parent / "out").rename(base.parent / f"out_{number}")
+        found.append({name: value[2] for name, value in shards.items() if name.endswith(".safetensors")})
+    assert found[0] == found[1]
 
 
 def test_small_blocks_give_the_same_bytes(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +334,9 @@ merge.merge_adapter(sys.argv[1], [sys.argv[2]], sys.argv[3], progress=SilentProg
 
 def killed(base: Path, adapter: Path) -> Path:
     target = base.parent / "out" / "merged"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(base), str(adapter), str(target)], check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(base), str(adapter), str(target)], check=False, timeout=600
+    )
     assert done.returncode == -9
     return target
 
@@ -349,6 +370,29 @@ def test_killed_merge_of_another_adapter_is_not_gone_on_with(base: Path, adapter
     assert clean == resumed
 
 
+def test_what_a_killed_merge_left_is_listed_needs_no_space_twice_and_can_be_removed(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = killed(base, adapter)
+    (found,) = leftovers(target.parent)
+    assert (found.target, found.size_bytes) == (target, left_bytes(target))
+    missing = sum(shard.size_bytes for shard in read_folder(base)) + 2**24 - left_bytes(target)
+    usage = type("usage", (), {"free": missing - 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("core.files.shutil.disk_usage", lambda _: usage)
+        with pytest.raises(MachineError) as caught:
+            merge(base, adapter)
+        assert caught.value.code == "files.no_space"
+        assert leftovers(target.parent) == [found]
+        usage.free = missing
+        merge(base, adapter)
+    assert leftovers(target.parent) == []
+    (target.parent / "made").mkdir()
+    target.rename(staging_folder(target))  # a kill just before the renaming: whole, but without its plan
+    remove_leftover(target)
+    assert [path.name for path in target.parent.iterdir()] == ["made"]
+
+
 def test_a_merge_that_is_running_is_left_alone(base: Path, adapter: Path) -> None:
     target = killed(base, adapter)
     plan_file = staging_folder(target) / ".plan.json"
@@ -362,6 +406,9 @@ def test_a_merge_that_is_running_is_left_alone(base: Path, adapter: Path) -> Non
         with pytest.raises(ConflictError) as caught:
             merge(base, adapter)
         assert caught.value.code == "checkpoints.being_written"
+        assert leftovers(target.parent) == []
+        with pytest.raises(ConflictError):
+            remove_leftover(target)
         # The same pid, but another process has it: the one that wrote is gone.
         plan_file.write_text(json.dumps({**plan, "process": {**identity.to_json(), "started_ticks": 1}}))
         merge(base, adapter)

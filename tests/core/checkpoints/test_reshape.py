@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from contextlib import closing
@@ -19,8 +18,8 @@ from core.checkpoints.reshape import plan_reshape, reshape
 from core.checkpoints.zero_layout import ZeroFolder
 from core.errors import ConflictError, InputError
 from core.runs.job import SilentProgress
+from core.xtuner.command import free_port
 
-pytestmark = pytest.mark.timeout(900)
 TRAINING = Path(__file__).parent / "zero_training.py"
 STEPS, SAVE_AT = 8, 4
 
@@ -70,9 +69,6 @@ class Trainer:
 
     def run(self, ranks: int, trainings: list[dict[str, Any]]) -> list[list[float]]:
         """Losses of each of `trainings`, done one after the other by `ranks` gloo processes."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         results = [self._folder / f"losses_{ranks}_{number}.json" for number in range(len(trainings))]
         settings = [
             {"steps": STEPS, "dtype": "fp32", **training, "result": str(result)}
@@ -80,7 +76,7 @@ class Trainer:
         ]
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"ranks": ranks, "port": port, "trainings": settings}) + "\n")
+        self._process.stdin.write(json.dumps({"ranks": ranks, "port": free_port(), "trainings": settings}) + "\n")
         codes = json.loads(self._process.stdout.readline() or "null")
         assert codes == [0] * ranks, (codes, self._log())
         return [json.loads(result.read_text(encoding="utf-8")) for result in results]
@@ -88,7 +84,7 @@ class Trainer:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=240)
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._errors.close()

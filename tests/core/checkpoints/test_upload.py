@@ -156,7 +156,7 @@ def push(
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment,
     )
     written = done.stdout + done.stderr + "".join(file.read_text() for file in run.iterdir())

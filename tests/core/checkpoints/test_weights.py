@@ -17,7 +17,6 @@ from core.errors import InputError
 from tests.core.checkpoints.test_reader import write_zip
 from tests.core.checkpoints.test_reshape import Trainer
 
-pytestmark = pytest.mark.timeout(300)
 RANKS = 3
 FOLDERS: dict[str, dict[str, Any]] = {
     "zero1 bf16": dict(stage=1, dtype="bf16"),
