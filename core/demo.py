@@ -35,8 +35,9 @@ from core.runs.directory import RunDirectory
 from core.runs.job import SilentProgress
 from core.runs.launch import start_job
 from core.runs.metrics import MetricsReader
+from core.runs.request import TrainRequest
 from core.runs.state import Phase, read_status
-from core.runs.train import TrainRequest, start_training
+from core.runs.train import start_training
 from core.xtuner.catalogue import search
 
 ASSISTANT: Final = "Danlu"

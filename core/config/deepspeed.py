@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: XTuner's own, the project's own ones under a name, and what of it decides memory and checkpoints.
+"""DeepSpeed's JSON: XTuner's own, the project's own ones under a name, a run's copy, and what of it decides memory and checkpoints.
 
 Reads and writes files; judges nothing (`core.config.checks_of_deepspeed`) and imports no DeepSpeed.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from core.config.json_places import JsonObject, read_object
-from core.errors import ConflictError, InputError
+from core.errors import ConflictError, DanluError, InputError
 from core.files import free_path, write_text
 from core.project import Project
 from core.xtuner.command import DEEPSPEED_CHOICES
@@ -19,6 +19,8 @@ from core.xtuner.templates import xtuner_folder
 
 FOLDER: Final = "deepspeed"
 """In the project's config folder: `<name>.json`."""
+RUN_FILE: Final = "source/deepspeed.json"
+"""In a run's folder: the JSON as a person chose it."""
 MAX_BYTES: Final = 256 * 1024
 _NAME: Final = re.compile(r"[^\W_][\w.-]{0,63}", re.UNICODE)
 _BUCKET: Final = 500_000_000
@@ -50,17 +52,22 @@ class Zero:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A DeepSpeed config: one of XTuner's, or one of the project's."""
+    """A DeepSpeed config: one of XTuner's, one of the project's, or the copy that a run keeps."""
 
     name: str
     text: str
     json: JsonObject
     is_own: bool
-    """Of the project."""
+    """Not one of XTuner's."""
 
     @property
     def zero(self) -> Zero:
         return read_zero(self.json.values)
+
+    @property
+    def is_saved(self) -> bool:
+        """Under a name in the project, where it can be changed."""
+        return self.is_own and not is_copy(self.name)
 
     def to_json(self) -> dict[str, Any]:
         """What run.json says."""
@@ -71,12 +78,39 @@ def find(project: Project, name: str) -> Setting:
     """The setting of this name. Raises InputError `train.unknown_deepspeed`, or what read_object raises."""
     if name in DEEPSPEED_CHOICES:
         return Setting(name, xtuner_text(name), read_object(xtuner_text(name)), is_own=False)
-    path = _path(project, name)
+    path = project.train / name if is_copy(name) else _path(project, name)
     if not path.is_file():
         known = [*DEEPSPEED_CHOICES, *list_own(project)]
         raise InputError("train.unknown_deepspeed", name=name, known=", ".join(known))
     text = _read(path)
     return Setting(name, text, read_object(text), is_own=True)
+
+
+def name_of_copy(project: Project, run: Path) -> str:
+    """What `find` calls the copy that the run in this folder keeps: its path, from the project's train folder if it lies there."""
+    file = run / RUN_FILE
+    return str(file.relative_to(project.train) if file.is_relative_to(project.train) else file)
+
+
+def is_copy(name: str) -> bool:
+    """Whether it names a run's copy; the name of a saved setting has no slash."""
+    return name.endswith(f"/{RUN_FILE}")
+
+
+def run_of_copy(name: str) -> str:
+    """Id of the run whose copy this names."""
+    return Path(name).parents[1].name
+
+
+def same_text(project: Project, name: str, text: str) -> str | None:
+    """The setting that says this today: the one of this name, else another saved one; None if none does."""
+    for each in dict.fromkeys((name, *list_own(project))):
+        try:
+            if find(project, each).text == text:
+                return each
+        except DanluError:
+            continue
+    return None
 
 
 def list_own(project: Project) -> list[str]:
@@ -175,6 +209,8 @@ def _path(project: Project, name: str) -> Path:
 
 def _read(path: Path) -> str:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError("deepspeed.too_large", limit_kib=MAX_BYTES // 1024)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InputError("files.missing", path=str(path)) from error

@@ -14,7 +14,7 @@ from core.runs.directory import RunDirectory
 from core.runs.health import Alert
 from core.runs.launch import launch, new_id, now_utc, start_supervisor
 from core.runs.state import Phase, read_attempt, read_status
-from core.runs.train import versions
+from core.runs.versions import versions
 from core.runs.watch import read_alerts
 from core.xtuner.command import free_port
 

@@ -12,8 +12,9 @@ from core.project import Project
 from core.runs.directory import RunSpec
 from core.runs.job import Progress
 from core.runs.launch import launch
+from core.runs.request import TrainRequest
 from core.runs.resume import Mode
-from core.runs.train import TrainRequest, make_folder, plan, write_source
+from core.runs.train import make_folder, plan, write_source
 from core.runs.watch import inherit_rules
 
 

@@ -7,10 +7,13 @@ from typing import Any, Final
 
 from core.checkpoints.inspect import CheckpointCard
 from core.checkpoints.weights import open_checkpoint
+from core.config import deepspeed
 from core.config.edits import data_files, method_of
 from core.config.source import ConfigSource
 from core.config.values import Code
 from core.errors import DanluError
+from core.messages import Message, message
+from core.project import Project
 from core.runs.directory import RunDirectory
 
 _ADAPTER: Final = ("r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias")
@@ -62,6 +65,39 @@ def read_origin(card: CheckpointCard) -> Origin:
         except DanluError:
             continue
     return Origin(card, details)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """The DeepSpeed setting to go on with, and why this one."""
+
+    name: str
+    """As `core.config.deepspeed.find` takes it."""
+    why: Message
+
+
+def deepspeed_of(project: Project, card: CheckpointCard) -> Preset | None:
+    """The setting that the run of a checkpoint used itself; None without DeepSpeed.
+
+    It is the saved one if that still says the same, else the copy in the run's folder. A run that kept no JSON, as one made by
+    hand, leaves only the stage of its checkpoint.
+    """
+    if not card.is_folder:
+        return None
+    run = RunDirectory(card.path.parent)
+    try:
+        kept = run.spec().details.get("deepspeed_config") or {}
+    except DanluError:
+        kept = {}
+    name, text = str(kept.get("name", "")), kept.get("text")
+    if isinstance(text, str):
+        if same := deepspeed.same_text(project, name, text):
+            return Preset(same, message("resume.deepspeed.same", run=run.id, name=same))
+        copy = deepspeed.name_of_copy(project, run.path)
+        if deepspeed.same_text(project, copy, text) == copy:
+            return Preset(copy, message("resume.deepspeed.copy", run=run.id, name=name))
+    stage = card.stage or 2
+    return Preset(f"deepspeed_zero{stage}", message("resume.deepspeed.stage", run=run.id, stage=stage))
 
 
 def plain_value(source: ConfigSource, *places: str) -> Any:

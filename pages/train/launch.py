@@ -7,8 +7,10 @@ import streamlit as st
 from core.config.findings import Severity
 from core.environment.interpreters import is_legacy, training_python, xtuner_version
 from core.errors import DanluError
+from core.runs.request import TrainRequest
 from core.runs.resume import Mode
-from core.runs.train import TrainRequest, is_written_anew, plan, start_training
+from core.runs.start import read_start
+from core.runs.train import is_written_anew, plan, start_training
 from pages.ui import shell
 from pages.ui.audit import note
 from pages.ui.launch_bar import Bar, draw_bar, fill_bar, show_trouble, start_button
@@ -45,7 +47,7 @@ def choose(bar: Bar) -> TrainRequest:
         elif str(python) != sys.executable:
             st.caption(t("launch.python", python=python))
     with tabs["parallel"]:
-        deepspeed = choose_deepspeed(project, resume.deepspeed)
+        deepspeed = choose_deepspeed(project, resume)
     with tabs["speed"]:
         speed = speed_choice(project, bar.config, place.gpus)
     return TrainRequest(
@@ -76,16 +78,17 @@ def start(request: TrainRequest, *, is_prepared_first: bool) -> None:
 
 def main(bar: Bar) -> None:
     request = choose(bar)
+    read = read_start(project, request)
     with tabs["parallel"]:
-        is_saved = edit_deepspeed(project, request)
+        is_saved = edit_deepspeed(project, read)
     with tabs["checks"]:
-        findings = show_checks(project, request)
+        findings = show_checks(project, read)
     with tabs["budget"]:
-        memory = memory_panel(project, request)
-        time = time_panel(project, request)
+        memory = memory_panel(project, read)
+        time = time_panel(project, read)
     fill_bar(project, bar, findings, time, memory, None if is_saved else f":orange-badge[{t('launch.bar.unsaved')}]")
     try:
-        spec = plan(project, request)
+        spec = plan(project, request, read)
     except DanluError as error:
         show_trouble(bar, error, findings)
         start_button(bar, can_start=False)

@@ -12,6 +12,7 @@ from core.launchers.nodes import NodesWish, default_address
 from core.launchers.slurm import SlurmWish
 from core.project import Project
 from core.runs.directory import RunSpec
+from pages.ui.code_box import code_box
 from pages.ui.text import gib, show_error, t
 
 _TEXT = "launch_batch_text"
@@ -51,7 +52,7 @@ def show_batch(spec: RunSpec) -> None:
     with st.expander(t("slurm.batch_file"), icon=":material/description:", expanded=True):
         if _MADE not in st.session_state or not _is_edited():
             st.session_state[_MADE] = st.session_state[_TEXT] = spec.details["slurm"]["text"]
-        st.text_area(t("slurm.batch_file"), key=_TEXT, height=320, label_visibility="collapsed")
+        code_box(t("slurm.batch_file"), key=_TEXT, height=320, label_visibility="collapsed")
         if _is_edited():
             st.caption(t("slurm.batch_edited"))
             st.button(t("slurm.batch_reset"), key="launch_batch_reset", on_click=_forget)

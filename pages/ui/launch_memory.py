@@ -8,34 +8,36 @@ import pandas as pd
 import streamlit as st
 
 from core.config.dry_run import write_dry_run
-from core.config.library import read_config
 from core.config.memory import comparison
 from core.config.memory.budget import Budget, Verdict, read_budget
 from core.config.memory.fitting import Fit, Option, fit, options, saved_bytes
 from core.config.memory.measured import Key, correction
 from core.config.memory.moments import Part
 from core.config.memory.setup import model_folder
-from core.config.source import ConfigSource
 from core.errors import InputError
 from core.files import free_path
 from core.launchers.local import list_gpus
 from core.models.inspect import fingerprint
 from core.project import Project
-from core.runs.train import TrainRequest, start_training, surroundings
+from core.runs.request import TrainRequest
+from core.runs.start import Start
+from core.runs.train import start_training
 from pages.ui import shell
 from pages.ui.audit import note
 from pages.ui.launch_views import apply_change
-from pages.ui.text import gib, say, t
+from pages.ui.text import gib, say, span, t
 
 _CARD_SIZES: Final = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)
-_COLOURS: Final = ("#7C2D12", "#C2410C", "#B45309", "#D97706", "#0F766E", "#0369A1", "#6D28D9", "#78716C")
+_COLOURS: Final = ("#9A3412", "#EA580C", "#CA8A04", "#65A30D", "#0F766E", "#0284C7", "#7C3AED", "#78716C")
+_LIMIT_COLOUR: Final = "#857C75"
+"""Of the line where the memory ends: to be seen on white and on black."""
 _VERDICTS: Final = {Verdict.FITS: "green", Verdict.TIGHT: "orange", Verdict.TOO_LARGE: "red"}
 _GIB: Final = 2**30
 
 
-def memory_panel(project: Project, request: TrainRequest) -> str | None:
+def memory_panel(project: Project, start: Start) -> str | None:
     """The budget of this start, or why there is none. Returns it in one badge for the bar."""
-    source = ConfigSource(read_config(request.config))
+    request = start.request
     st.subheader(t("budget.title"), divider="gray")
     cards = {gpu.uuid: gpu for gpu in list_gpus() if gpu.uuid in request.gpus or str(gpu.index) in request.gpus}
     free = {t("budget.gpu", index=card.index): card.memory_bytes - card.used_bytes for card in cards.values()}
@@ -51,7 +53,7 @@ def memory_panel(project: Project, request: TrainRequest) -> str | None:
         free = {t("budget.assumed"): size * _GIB}
     smallest = min(free.values())
     try:
-        budget = _budget(project, request, source, smallest, next((card.name for card in cards.values()), None))
+        budget = _budget(project, start, smallest, next((card.name for card in cards.values()), None))
     except InputError as error:
         st.caption(" ".join(say(part) for part in (error.what, error.next)))
         return None
@@ -63,8 +65,7 @@ def memory_panel(project: Project, request: TrainRequest) -> str | None:
 
 def _badge(budget: Budget, free_bytes: int, *, has_card: bool) -> str:
     """Without a card there is nothing to fit into: only what one would need."""
-    sizes = list(dict.fromkeys(gib(size) for size in budget.shown_bytes))
-    size = " – ".join(sizes)
+    size = span(*(gib(size) for size in budget.shown_bytes))
     if not has_card:
         return f":gray-badge[:material/memory: {t('launch.bar.would_need', size=size)}]"
     verdict = budget.verdict(free_bytes)
@@ -72,23 +73,23 @@ def _badge(budget: Budget, free_bytes: int, *, has_card: bool) -> str:
     return f":{_VERDICTS[verdict]}-badge[:material/memory: {words}]"
 
 
-def _budget(project: Project, request: TrainRequest, source: ConfigSource, free_bytes: int, card: str | None) -> Budget:
-    around = surroundings(project, request)
+def _budget(project: Project, start: Start, free_bytes: int, card: str | None) -> Budget:
+    source, around = start.source, start.around
     kept = around.setting.to_json() if around.setting else None
-    start = comparison.start_of(
+    begun = comparison.start_of(
         {
             "deepspeed": around.deepspeed,
             "deepspeed_config": kept,
-            "world_size": request.world_size,
-            "speed": request.speed,
+            "world_size": start.request.world_size,
+            "speed": start.request.speed,
         }
     )
-    budget = read_budget(source, start, free_bytes=free_bytes)
+    budget = read_budget(source, begun, free_bytes=free_bytes)
     folder = model_folder(source)
     if card is None or folder is None:
         return budget
     factor = correction(project, Key(fingerprint(folder), card, comparison.way(budget.setup)))
-    return budget if factor == 1.0 else read_budget(source, start, free_bytes=free_bytes, correction=factor)
+    return budget if factor == 1.0 else read_budget(source, begun, free_bytes=free_bytes, correction=factor)
 
 
 def _bars(budget: Budget, free: dict[str, int]) -> None:
@@ -121,23 +122,23 @@ def _bars(budget: Budget, free: dict[str, int]) -> None:
     )
     rules = (
         alt.Chart(ends)
-        .mark_tick(thickness=3, size=34, color="#1C1917")
+        .mark_tick(thickness=3, size=34, color=_LIMIT_COLOUR)
         .encode(x=alt.X("size:Q", scale=scale), y="gpu:N", tooltip=[alt.Tooltip("shown:N", title=" ")])
     )
     labels = (
         alt.Chart(ends)
-        .mark_text(align="right", dx=-6, dy=-20, color="#57534E")
+        .mark_text(align="right", dx=-6, dy=-20, color=_LIMIT_COLOUR)
         .encode(x=alt.X("size:Q", scale=scale), y="gpu:N", text="shown:N")
     )
     st.altair_chart(alt.layer(bars, rules, labels).properties(height=100 + 44 * len(free)), width="stretch")
 
 
 def _words(budget: Budget, free_bytes: int, *, count: int) -> None:
-    low, high = budget.shown_bytes
+    shown = span(*(gib(size) for size in budget.shown_bytes))
     verdict = budget.verdict(free_bytes)
     lines = [
         f":{_VERDICTS[verdict]}[**{t(f'budget.{verdict}')}**]",
-        t("budget.summary", allocated=gib(budget.allocated_bytes), low=gib(low), high=gib(high)),
+        t("budget.summary", allocated=gib(budget.allocated_bytes), shown=shown),
     ]
     st.markdown(" ".join([*lines, t("budget.per_gpu")] if count > 1 else lines))
     notes = [_path(budget)]

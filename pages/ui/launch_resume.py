@@ -15,11 +15,11 @@ from core.files import read_json
 from core.messages import Message
 from core.project import Project
 from core.runs.directory import RunDirectory, RunSpec
-from core.runs.jobs import latest_job
+from core.runs.jobs import latest_job, project_checkpoints
+from core.runs.origin import Preset, deepspeed_of
 from core.runs.resume import Mode
 from core.runs.samples import read_answers
 from core.runs.state import Phase, read_status
-from core.runs.train import project_checkpoints
 from core.runs.validation import best_among
 from pages.ui import shell
 from pages.ui.jobs import job_panel
@@ -37,8 +37,8 @@ class Resume:
     checkpoint: Path | None = None
     mode: Mode = Mode.EXACT
     extra_epochs: float = 0
-    deepspeed: str | None = None
-    """The setting it was saved with."""
+    deepspeed: Preset | None = None
+    """The setting that its run used."""
 
 
 def choose_resume(project: Project) -> Resume:
@@ -63,8 +63,10 @@ def choose_resume(project: Project) -> Resume:
         if way == "longer"
         else 0
     )
-    saved_with = f"deepspeed_zero{card.stage or 2}" if card.is_folder else None
-    return Resume(card.path, Mode.WEIGHTS if way == "weights" else Mode.EXACT, extra, saved_with)
+    preset = deepspeed_of(project, card)
+    if preset is not None:
+        st.caption(say(preset.why))
+    return Resume(card.path, Mode.WEIGHTS if way == "weights" else Mode.EXACT, extra, preset)
 
 
 def _choose_card(

@@ -2,34 +2,34 @@
 
 import streamlit as st
 
-from core.config.checks import gather
 from core.config.duration import Duration, estimate_duration, names, rate, set_rate
-from core.config.library import read_config
-from core.config.source import ConfigSource
 from core.launchers.local import list_gpus
 from core.project import Project
-from core.runs.train import TrainRequest, surroundings
+from core.runs.start import Start
 from core.xtuner.runtime.speed.parts import FAST_PASS, Wish
-from pages.ui.text import duration, t
+from pages.ui.text import duration, span, t
 
 
-def time_panel(project: Project, request: TrainRequest) -> str | None:
+def time_panel(project: Project, start: Start) -> str | None:
     """How many steps, how long, and what it costs if a price is set. Returns it in one badge for the bar."""
-    source = ConfigSource(read_config(request.config))
+    request = start.request
     card = next((gpu.name for gpu in list_gpus() if {gpu.uuid, str(gpu.index)} & set(request.gpus)), None)
     found = estimate_duration(
         project,
-        source,
-        gather(source, surroundings(project, request)),
+        start.source,
+        start.context,
         card=card,
         is_fast=FAST_PASS in Wish.from_json(request.speed) and request.deepspeed is None,
     )
     if found is None:
         st.caption(t("budget.time.no_data"))
         return None
-    left, right = st.columns([4, 1], vertical_alignment="bottom")
-    with right:
-        price = _price(project, card) if card else 0.0
+    price = 0.0
+    left = st.container()
+    if card:
+        left, right = st.columns([4, 1], vertical_alignment="bottom")
+        with right:
+            price = _price(project, card)
     with left:
         st.markdown(" ".join([_size(found), _time(found), _cost(found, price, len(request.gpus))]))
         st.caption(t(f"budget.time.{found.basis}", runs=names(found.runs), card=card or "?"))
@@ -51,9 +51,8 @@ def _price(project: Project, card: str) -> float:
 
 
 def _size(found: Duration) -> str:
-    (low, high), (few, most) = found.iterations, found.updates
-    numbers = {"low": low, "high": high, "updates_low": few, "updates_high": most, "tokens": found.tokens_per_update}
-    return t("budget.time.size", **{name: f"{value:,}" for name, value in numbers.items()})
+    steps, updates = (span(*(f"{number:,}" for number in numbers)) for numbers in (found.iterations, found.updates))
+    return t("budget.time.size", steps=steps, updates=updates, tokens=f"{found.tokens_per_update:,}")
 
 
 def _time(found: Duration) -> str:
@@ -65,8 +64,7 @@ def _time(found: Duration) -> str:
 
 def _short(found: Duration) -> str:
     if found.seconds is None:
-        low, high = found.iterations
-        return t("launch.bar.steps", low=f"{low:,}", high=f"{high:,}")
+        return t("launch.bar.steps", steps=span(*(f"{number:,}" for number in found.iterations)))
     low, high = (duration(seconds) for seconds in found.seconds)
     return t("launch.bar.about", low=low) if low == high else t("launch.bar.takes", low=low, high=high)
 

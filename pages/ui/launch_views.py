@@ -5,16 +5,17 @@ from functools import partial
 
 import streamlit as st
 
-from core.config.checks import check, gather
+from core.config.checks import check, fix_all
 from core.config.edits import data_files, method_of
 from core.config.findings import Edit, Finding
-from core.config.library import change_config, read_config
+from core.config.library import change_config
 from core.config.source import ConfigSource
 from core.config.validation import read_validation
 from core.errors import DanluError
 from core.project import Project
 from core.runs.directory import RunSpec
-from core.runs.train import TrainRequest, surroundings
+from core.runs.request import TrainRequest
+from core.runs.start import Start
 from pages.ui import shell
 from pages.ui.findings import finding_card
 from pages.ui.text import show_error, t
@@ -43,18 +44,22 @@ def _validated(source: ConfigSource) -> str | None:
     return f"{said} · {t('launch.early', patience=validation.patience)}" if validation.patience else said
 
 
-def show_checks(project: Project, request: TrainRequest) -> list[Finding]:
+def show_checks(project: Project, start: Start) -> list[Finding]:
     """What the checks found, worst first, each with its fix."""
     if error := st.session_state.pop("launch_error", None):
         show_error(error)
-    source = ConfigSource(read_config(request.config))
-    findings = check(source, gather(source, surroundings(project, request)))
+    findings = check(start.source, start.context)
     if not findings:
         st.success(t("launch.checked"), icon=":material/check_circle:")
         return []
+    if (fixable := sum(finding.fix is not None for finding in findings)) > 1:
+        st.button(
+            t("config.fix_all", count=fixable), key="launch_fix_all", icon=":material/auto_fix_high:",
+            on_click=partial(_mend_all, project, start),
+        )  # fmt: skip
     for number, finding in enumerate(findings):
         can_mend = finding.fix is not None or finding.choose is not None
-        mends = partial(_mend, project, request) if can_mend else None
+        mends = partial(_mend, project, start.request) if can_mend else None
         finding_card(finding, key=f"launch_fix_{finding.code}_{number}", on_fix=mends, is_wide=True)
     st.page_link(shell.PAGES["config"], label=t("launch.mend"), icon=shell.ICONS["config"])
     return findings
@@ -62,6 +67,10 @@ def show_checks(project: Project, request: TrainRequest) -> list[Finding]:
 
 def _mend(project: Project, request: TrainRequest, finding: Finding) -> None:
     apply_change(project, request, edit=finding.fix, deepspeed=finding.choose)
+
+
+def _mend_all(project: Project, start: Start) -> None:
+    apply_change(project, start.request, edit=partial(fix_all, around=start.around), deepspeed=None)
 
 
 def apply_change(project: Project, request: TrainRequest, *, edit: Edit | None, deepspeed: str | None) -> None:
@@ -78,7 +87,7 @@ def apply_change(project: Project, request: TrainRequest, *, edit: Edit | None, 
 
 
 def choose_deepspeed_again(name: str) -> None:
-    """Another DeepSpeed choice, from a callback. Its box has one key for each choice that a checkpoint asks for."""
+    """Another DeepSpeed choice, from a callback. Its box has one key for each checkpoint."""
     for key in [key for key in st.session_state if str(key).startswith("launch_deepspeed_")]:
         st.session_state[key] = name
 

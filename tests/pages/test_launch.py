@@ -7,6 +7,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
+from core.config import deepspeed
 from core.config.source import ConfigSource
 from core.files import write_json
 from core.launchers import node, slurm
@@ -14,7 +15,7 @@ from core.messages import message
 from core.project import open_project
 from core.runs import train
 from core.runs.directory import RunDirectory, RunSpec
-from tests.core.runs.test_resume import write_run
+from tests.core.runs.test_resume import write_run, write_zero_run
 from tests.models import write_tiny_qwen2
 from tests.training import make_project, validate_on
 
@@ -22,7 +23,7 @@ SCRIPT = str(Path(__file__).parents[2] / "pages/train/launch.py")
 
 
 def open_page(root: Path, language: str = "en") -> AppTest:
-    app = AppTest.from_file(SCRIPT, default_timeout=30)
+    app = AppTest.from_file(SCRIPT, default_timeout=240)
     app.session_state["project_root"] = str(root)
     app.session_state["language"] = language
     return app
@@ -248,7 +249,7 @@ def test_a_deepspeed_json_is_edited_saved_under_a_name_and_started(
     )
     monkeypatch.setattr("streamlit.switch_page", lambda *_args, **_options: None)
     app = show(project.root, monkeypatch)
-    app.selectbox(key="launch_deepspeed_0").set_value("deepspeed_zero2").run()
+    app.selectbox(key="launch_deepspeed_new").set_value("deepspeed_zero2").run()
     assert not app.button(key="launch_start").disabled
     stock = editor(app).value
     assert '"stage": 2' in stock
@@ -267,7 +268,7 @@ def test_a_deepspeed_json_is_edited_saved_under_a_name_and_started(
     app.text_input(key="launch_zero_name").set_value("mine").run()
     app.button(key="launch_zero_save_as").click().run()
     assert not app.exception
-    assert app.selectbox(key="launch_deepspeed_0").value == "mine"
+    assert app.selectbox(key="launch_deepspeed_new").value == "mine"
     assert editor(app).value == mine
     kept = project.config / "deepspeed/mine.json"
     editor(app).set_value(f"{mine}\n").run()
@@ -283,8 +284,41 @@ def test_a_deepspeed_json_is_edited_saved_under_a_name_and_started(
         mine,
     )
     app.button(key="launch_zero_remove").click().run()
-    assert app.selectbox(key="launch_deepspeed_0").value == "deepspeed_zero1"
+    assert app.selectbox(key="launch_deepspeed_new").value == "deepspeed_zero1"
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_going_on_takes_the_deepspeed_json_that_the_run_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str
+) -> None:
+    # AppTest calls format functions outside of the session, where only the browser's language is known.
+    monkeypatch.setattr("pages.ui.text.guess_language", lambda _locale: language)
+    project, config = make_project(tmp_path / "p", write_tiny_qwen2)
+    text = deepspeed.xtuner_text("deepspeed_zero2").replace('"overlap_comm": true', '"overlap_comm": false')
+    kept = deepspeed.save(project, "mine", text)
+    plain = write_run(project, config, cpu_processes=2)
+    folder = write_zero_run(project, config, plain, deepspeed="mine")
+    app = show(project.root, monkeypatch, language)
+    app.toggle(key="launch_resume").set_value(True).run()
+    key = f"launch_deepspeed_{folder}"
+    assert app.selectbox(key=key).value == "mine"
+    said = [caption.value for caption in app.caption if "`mine`" in caption.value]
+    assert len(said) == 2, "beside the checkpoint and beside the box"
+    deepspeed.save(project, "mine", f"{text}\n", before=text)
+    app = show(project.root, monkeypatch, language)
+    app.toggle(key="launch_resume").set_value(True).run()
+    assert app.selectbox(key=key).value == "zero/source/deepspeed.json"
+    assert app.selectbox(key=key).options[-1] == {"en": "copy kept by run zero", "zh": "训练 zero 自己的副本"}[language]
+    assert editor(app).value == text
+    assert not {"launch_zero_remove", "launch_zero_save", "launch_zero_discard"} & {button.key for button in app.button}
+    assert not app.button(key="launch_start").disabled, "a copy that is not changed starts as it is"
+    app.text_input(key="launch_zero_name").set_value("other").run()
+    app.button(key="launch_zero_save_as").click().run()
+    assert not app.exception
+    assert app.selectbox(key=key).value == "other"
+    assert (project.config / "deepspeed/other.json").read_text() == text
+    assert kept.read_text() == f"{text}\n"
 
 
 def editor(app: AppTest) -> Any:

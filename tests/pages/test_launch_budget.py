@@ -26,7 +26,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 def show(project: Project, language: str = "en") -> AppTest:
-    app = AppTest.from_file(SCRIPT, default_timeout=60)
+    app = AppTest.from_file(SCRIPT, default_timeout=240)
     app.session_state["project_root"] = str(project.root)
     app.session_state["language"] = language
     app.run()
@@ -104,6 +104,18 @@ def test_a_finding_is_mended_in_the_config(project: Project) -> None:
     assert not [button for button in app.button if str(button.key).startswith("launch_fix_learning_rate")]
     kept = [file.read_text() for file in (project.private / "versions").iterdir()]
     assert any("lr = 0.5" in text for text in kept)
+
+
+def test_everything_that_can_be_mended_is_mended_at_once(project: Project) -> None:
+    wrong = config(project).set("lr", 0.5).set("SYSTEM", "as {json}").set("save_steps", 7)
+    (project.config / "tiny.py").write_text(wrong.text)
+    app = show(project)
+    assert app.button(key="launch_start").disabled
+    app.button(key="launch_fix_all").click().run()
+    assert not app.exception
+    assert not [button for button in app.button if str(button.key).startswith("launch_fix_")]
+    assert not app.button(key="launch_start").disabled
+    assert (config(project).get("lr"), config(project).get("SYSTEM")) == (2e-4, "as {{json}}")
 
 
 def test_unsaved_edits_are_not_lost(project: Project) -> None:

@@ -31,9 +31,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     plan = train.plan
 
-    def remembering(project: Project, request: Any) -> Any:
+    def remembering(project: Project, request: Any, start: Any = None) -> Any:
         seen.append(request.speed)
-        return plan(project, request)
+        return plan(project, request, start)
 
     monkeypatch.setattr(train, "plan", remembering)
     monkeypatch.setattr("streamlit.page_link", lambda *_args, **_options: None)
@@ -41,7 +41,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def show(project: Project, language: str = "en") -> AppTest:
-    app = AppTest.from_file(SCRIPT, default_timeout=30)
+    app = AppTest.from_file(SCRIPT, default_timeout=240)
     app.session_state["project_root"] = str(project.root)
     app.session_state["language"] = language
     app.run()

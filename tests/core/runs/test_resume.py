@@ -15,6 +15,7 @@ from core.checkpoints.reshape import rescale_file
 from core.checkpoints.shards import read_folder
 from core.checkpoints.warm import write_weights
 from core.checkpoints.weights import open_checkpoint
+from core.config.deepspeed import find, save, xtuner_text
 from core.config.source import ConfigSource
 from core.errors import DanluError, InputError
 from core.i18n import catalog
@@ -23,8 +24,10 @@ from core.project import Project
 from core.runs.carry_over import carry_over, write_checkpoint_for
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.job import SilentProgress
+from core.runs.origin import deepspeed_of
+from core.runs.request import TrainRequest
 from core.runs.resume import Mode
-from core.runs.train import TrainRequest, is_written_anew, plan, write_source
+from core.runs.train import is_written_anew, plan, write_source
 from tests.core.checkpoints.crafted import write_checkpoint as write_full
 from tests.models import HIDDEN, write_tiny_llama, write_tiny_qwen2
 from tests.training import make_project, write_rows
@@ -213,6 +216,48 @@ def write_from(spec: RunSpec, project: Project) -> Path:
     folder.mkdir()
     write_checkpoint_for(spec, folder, SilentProgress())
     return Path(spec.details["resume"])
+
+
+def write_zero_run(project: Project, config: Path, saved: Path, *, deepspeed: str) -> Path:
+    """A run of two processes that went on from `saved` with this setting: its folder as it lies, with its ZeRO checkpoint."""
+    request = TrainRequest(config=config, resume=saved, cpu_processes=2, name="zero", deepspeed=deepspeed)
+    spec = plan(project, request)
+    folder = write_from(spec, project)
+    write_source(RunDirectory(folder.parent), spec, request)
+    (folder.parent / "run.json").write_text(json.dumps(spec.to_json()), encoding="utf-8")
+    return folder
+
+
+def test_the_deepspeed_setting_of_the_run_itself_is_offered(made: tuple[Project, Path, Path]) -> None:
+    """Its name while it says the same; after that another of the same text, or the run's own copy; the stage if there is none."""
+    project, config, saved = made
+    text = xtuner_text("deepspeed_zero2").replace('"overlap_comm": true', '"overlap_comm": false')
+    kept = save(project, "mine", text)
+    card = inspect_checkpoint(write_zero_run(project, config, saved, deepspeed="mine"))
+
+    def offered() -> tuple[str, str]:
+        preset = deepspeed_of(project, card)
+        assert preset is not None
+        assert find(project, preset.name).zero.stage == 2
+        return preset.name, catalog("en").say(preset.why)
+
+    assert offered() == ("mine", "DeepSpeed: goes on with `mine`, the very setting that run zero used.")
+    kept.write_text(text.replace('"stage": 2', '"stage": 1'), encoding="utf-8")
+    copy = "zero/source/deepspeed.json"
+    assert offered()[0] == copy
+    assert "the run's own copy is chosen" in offered()[1]
+    spec = resumed(project, config=config, resume=card.path, cpu_processes=2, deepspeed=copy)
+    assert spec.details["deepspeed_config"] == {"name": copy, "is_own": True, "text": text}
+    assert not find(project, copy).is_saved
+    save(project, "again", text)
+    assert offered()[0] == "again"
+    (project.config / "deepspeed/again.json").unlink()
+    kept.unlink()
+    assert offered()[0] == copy
+    (project.train / copy).unlink()
+    assert offered()[0] == "deepspeed_zero2"
+    assert "its checkpoint is ZeRO-2" in offered()[1].replace("Its", "its")
+    assert deepspeed_of(project, inspect_checkpoint(saved)) is None
 
 
 def test_an_optimizer_that_no_weight_fits_is_refused_before_the_start(made: tuple[Project, Path, Path]) -> None:

@@ -12,10 +12,11 @@ from core.config.source import ConfigSource
 from core.errors import ConflictError, DanluError
 from core.files import write_json
 from core.project import Project
-from core.runs import train
+from core.runs import start, train
 from core.runs.compare import differences
 from core.runs.directory import RunDirectory, RunSpec
-from core.runs.train import TrainRequest, plan, start_training
+from core.runs.request import TrainRequest
+from core.runs.train import plan, start_training
 from tests.models import write_tiny_qwen2
 from tests.training import ROWS, make_project, validate_on
 
@@ -127,8 +128,8 @@ def test_a_deepspeed_json_that_would_lose_gradients_does_not_start(
 ) -> None:
     project, config = made
     config.write_text(ConfigSource(config.read_text()).set("accumulative_counts", 4).text)
-    machine = replace(train.read_machine(project), deepspeed_version="0.16.2")
-    monkeypatch.setattr(train, "read_machine", lambda _project: machine)
+    machine = replace(start.read_machine(project), deepspeed_version="0.16.2")
+    monkeypatch.setattr(start, "read_machine", lambda _project: machine)
     assert code_of(project, config=config, deepspeed="deepspeed_zero2_offload") == "deepspeed.drops_batches"
     plan(project, TrainRequest(config=config, deepspeed="deepspeed_zero2"))
     deepspeed.save(project, "mine", '{"zero_optimization": {"stage": 5}}')
