@@ -8,6 +8,7 @@ from typing import Final
 from core.config.checks_of_data import DATA_CHECKS
 from core.config.checks_of_deepspeed import DEEPSPEED_CHECKS
 from core.config.checks_of_start import START_CHECKS
+from core.config.checks_of_text import TEXT_CHECKS
 from core.config.checks_of_training import TRAINING_CHECKS
 from core.config.checks_of_validation import VALIDATION_CHECKS
 from core.config.deepspeed import Setting
@@ -31,6 +32,8 @@ class Surroundings:
     setting: Setting | None = None
     models: Sequence[Path] = ()
     data_files: Sequence[Path] = ()
+    root: Path = Path()
+    """Where the trainer works, and relative paths begin: the project's folder."""
 
 
 def gather(source: ConfigSource, around: Surroundings) -> Context:
@@ -40,14 +43,15 @@ def gather(source: ConfigSource, around: Surroundings) -> Context:
     )
     files = data_files(source)
     return Context(
-        model=_model([Path(named)] if isinstance(named, str) else []),
-        data=_data([Path(files[0])] if len(files) == 1 else []),
+        model=_model([around.root / named] if isinstance(named, str) else []),
+        data=_data([around.root / files[0]] if len(files) == 1 else []),
         machine=around.machine,
         world_size=around.world_size,
         deepspeed=around.deepspeed,
         setting=around.setting,
         own_model=_model(around.models),
         own_data=_data(around.data_files),
+        root=around.root,
     )
 
 
@@ -68,7 +72,7 @@ def _data(files: Sequence[Path]) -> DataFacts | None:
 
 def check(source: ConfigSource, context: Context) -> list[Finding]:
     """Everything that is wrong or odd, worst first."""
-    every = (*DATA_CHECKS, *TRAINING_CHECKS, *VALIDATION_CHECKS, *START_CHECKS, *DEEPSPEED_CHECKS)
+    every = (*DATA_CHECKS, *TEXT_CHECKS, *TRAINING_CHECKS, *VALIDATION_CHECKS, *START_CHECKS, *DEEPSPEED_CHECKS)
     findings = [finding for one in every for finding in one(source, context)]
     return sorted(findings, key=lambda finding: (_ORDER[finding.severity], finding.line or 0))
 

@@ -34,8 +34,10 @@ def check_data_files(source: ConfigSource, context: Context) -> Iterator[Finding
         yield Finding("foreign_dataset", Severity.ADVICE, error.what)
         return
     files = data_files(source)
-    for file in files:
-        if not Path(file).exists():
+    for number, file in enumerate(files):
+        if not Path(file).is_absolute() and (context.root / file).exists():
+            yield _relative(source, _place_of_file(source, f"{reader}.data_files", number), context.root / file)
+        elif not (context.root / file).exists():
             yield found(
                 "data_missing",
                 Severity.ERROR,
@@ -154,10 +156,12 @@ def check_model_path(source: ConfigSource, context: Context) -> Iterator[Finding
     if not isinstance(value, str) or isinstance(value, Code) or path is None:
         return
     line = source.line_of(path)
-    if not Path(value).is_dir():
+    if not Path(value).is_absolute() and (context.root / value / "config.json").is_file():
+        yield _relative(source, path, context.root / value)
+    elif not (context.root / value).is_dir():
         code = "model_from_hub" if not value.startswith(("/", ".", "~")) and value.count("/") <= 1 else "model_missing"
         yield found(code, Severity.ERROR, line=line, fix=fix, path=value, offer=offer)
-    elif not (Path(value) / "config.json").is_file():
+    elif not (context.root / value / "config.json").is_file():
         yield found("model_without_config", Severity.ERROR, line=line, fix=fix, path=value, offer=offer)
 
 
@@ -171,6 +175,20 @@ DATA_CHECKS: Final[tuple[Check, ...]] = (
     check_system,
     check_evaluation,
 )
+
+
+def _place_of_file(source: ConfigSource, place: str, number: int) -> str:
+    """Where the file stands of a list, of `dict(train=…)`, or alone."""
+    if source.has(f"{place}.train"):
+        return f"{place}.train"
+    return f"{place}[{number}]" if isinstance(source.get(place), list) else place
+
+
+def _relative(source: ConfigSource, place: str, full: Path) -> Finding:
+    """The trainer finds it from the project's folder; the memory budget, and a person's own commands elsewhere, do not."""
+    value = source.get(place)
+    fix = (lambda edited: edited.set(place, str(full))) if isinstance(value, str) else None
+    return found("relative_path", Severity.WARNING, line=source.line_of(place), fix=fix, path=full.name)
 
 
 def _dataset(source: ConfigSource) -> str | None:

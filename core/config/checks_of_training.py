@@ -1,15 +1,11 @@
 """Checks of how it trains: schedule, precision, method, DeepSpeed, checkpoints, attention."""
 
-import ast
-import builtins
-import importlib.util
 from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
-from core.config.edits import method_of, rename, without_warmup
+from core.config.edits import method_of, without_warmup
 from core.config.findings import Check, Context, Finding, Severity, found, iterations_per_epoch, number
-from core.config.imports import KNOWN_NAMES, bound_names, bring_in
 from core.config.source import ConfigSource
 from core.config.validation import read_validation
 from core.config.values import Code
@@ -161,38 +157,6 @@ def check_length(source: ConfigSource, context: Context) -> Iterator[Finding]:
     yield found("too_long", Severity.WARNING, line=line, fix=fix, length=length, limit=limit)
 
 
-def check_names(source: ConfigSource, context: Context) -> Iterator[Finding]:
-    """Variables `input` and `round` collide with the fields of the prompt template in XTuner's chat hook."""
-    del context
-    for name in ("input", "round"):
-        if source.has(name):
-            fix = partial(rename, name=name, new=f"{name}_")
-            yield found("reserved_name", Severity.ERROR, line=source.line_of(name), fix=fix, name=name, new=f"{name}_")
-
-
-def check_imports(source: ConfigSource, context: Context) -> Iterator[Finding]:
-    """Every imported package is installed, and every name of a map function or class is bound."""
-    del context
-    for statement in source.tree.module.body:
-        if isinstance(statement, ast.ImportFrom) and statement.module and statement.level == 0:
-            package = statement.module.partition(".")[0]
-            if importlib.util.find_spec(package) is None:
-                yield found("package_missing", Severity.ERROR, line=statement.lineno, package=package)
-    bound = bound_names(source.tree) | set(dir(builtins))
-    bound |= {
-        node.id
-        for node in ast.walk(source.tree.module)
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
-    }
-    bound |= {node.arg for node in ast.walk(source.tree.module) if isinstance(node, ast.arg)}
-    for node in ast.walk(source.tree.module):
-        if isinstance(node, ast.Name) and node.id not in bound:
-            is_known = node.id in KNOWN_NAMES
-            fix = partial(_import, name=node.id) if is_known else None
-            yield found("unknown_name", Severity.ERROR, line=node.lineno, fix=fix, name=node.id)
-            bound.add(node.id)
-
-
 def check_disk(source: ConfigSource, context: Context) -> Iterator[Finding]:
     """Room for `save_total_limit` checkpoints, the best one, and one more while the oldest is not yet deleted."""
     free, model, keep = context.machine.free_bytes, context.model, int(number(source, "save_total_limit", 2))
@@ -223,8 +187,6 @@ def check_disk(source: ConfigSource, context: Context) -> Iterator[Finding]:
 
 
 TRAINING_CHECKS: Final[tuple[Check, ...]] = (
-    check_imports,
-    check_names,
     check_warmup,
     check_save_steps,
     check_varlen,
@@ -247,10 +209,6 @@ def _precision(source: ConfigSource, name: str) -> ConfigSource:
         if source.has(path):
             source = source.set(path, Code(f"torch.{name}"))
     return source
-
-
-def _import(source: ConfigSource, *, name: str) -> ConfigSource:
-    return ConfigSource(bring_in(source.text, name))
 
 
 _to_float16 = partial(_precision, name="float16")

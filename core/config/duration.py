@@ -20,6 +20,7 @@ from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.jobs import list_runs
 from core.runs.metrics import merge_resumes, parse
+from core.runs.pace import ask_all
 from core.runs.progress import tokens_per_second
 from core.runs.utilisation import peak_flops
 
@@ -85,8 +86,8 @@ def _measured(project: Project, source: ConfigSource, context: Context, card: st
     wanted = {"method": method_of(source), "world_size": context.world_size, "deepspeed": context.deepspeed}
     model = fingerprint(context.model.path)
     found: dict[str, float] = {}
-    for run in list_runs(project)[:_RUNS_ASKED]:
-        details = _details(run)
+    runs = list_runs(project)[:_RUNS_ASKED]
+    for run, details in zip(runs, ask_all(_details, runs), strict=True):
         if details is None or any(details.get(key) != value for key, value in wanted.items()):
             continue
         if (details.get("base_model") or {}).get("fingerprint") != model or _card(run) != card:

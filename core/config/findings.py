@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from core.config.deepspeed import Setting
 from core.config.facts import DataFacts, Machine, ModelFacts
@@ -51,6 +52,8 @@ class Context:
     own_model: ModelFacts | None = None
     """What a fix puts in where the config's model is not on this machine."""
     own_data: DataFacts | None = None
+    root: Path = Path()
+    """Where the trainer works, and relative paths begin."""
 
 
 Check = Callable[[ConfigSource, Context], Iterator[Finding]]

@@ -55,10 +55,17 @@ def read_config(path: Path) -> str:
         raise InputError("files.missing", path=str(path)) from error
     if data is None:
         raise InputError("config.too_large", size_kib=path.stat().st_size // 1024, limit_kib=MAX_BYTES // 1024)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("files.not_utf8", path=str(path), offset=error.start) from error
+    return _decoded(data, str(path))
+
+
+def import_config(project: Project, file_name: str, data: bytes) -> ConfigFile:
+    """A config from elsewhere, under its own name or the next free one. One that does not parse comes in too: it is mended here.
+
+    Raises InputError `config.too_large`, `files.not_utf8`, `config.bad_name`.
+    """
+    if len(data) > MAX_BYTES:
+        raise InputError("config.too_large", size_kib=len(data) // 1024, limit_kib=MAX_BYTES // 1024)
+    return add_config(project, Path(file_name).name, _decoded(data, file_name), is_exact=False)
 
 
 def copy_config(entry: ConfigEntry, project: Project) -> ConfigFile:
@@ -142,6 +149,13 @@ def keep_draft(project: Project, draft: Draft) -> None:
 
 def discard_draft(project: Project, name: str) -> None:
     _draft_file(project, name).unlink(missing_ok=True)
+
+
+def _decoded(data: bytes, path: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("files.not_utf8", path=path, offset=error.start) from error
 
 
 def _draft_file(project: Project, name: str) -> Path:

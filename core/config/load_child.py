@@ -1,14 +1,18 @@
-"""Reads one config with mmengine and prints its plain values: `python -m core.config.load_child CONFIG`.
+"""Reads one config with mmengine and writes its plain values: `python -m core.config.load_child CONFIG ANSWER`.
 
 Runs in its own process with a time limit (see `core.config.load`), because a config is code. Imports nothing of the app.
 """
 
 import json
+import resource
 import sys
 import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-MARK = "DANLU-CONFIG:"
+_LONGEST_FILE_BYTES = 32 * 2**20
+"""What a config may print, or write into one file: one that does so in an endless loop does not fill the disk."""
 
 
 def plain(value: Any) -> Any:
@@ -37,17 +41,25 @@ def failure(error: BaseException, path: str) -> dict[str, Any]:
     return {"error": f"{type(error).__name__}: {error}", "line": at}
 
 
-def main(path: str) -> int:
+def limit() -> None:
+    """Nothing of what a config does may harm the machine: where memory runs out, this process is the one to be ended."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_LONGEST_FILE_BYTES, _LONGEST_FILE_BYTES))
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+
+def main(path: str, answer: str) -> int:
+    limit()
     from mmengine.config import Config
 
     try:
         values = plain(Config.fromfile(path).to_dict())
     except BaseException as error:  # noqa: BLE001 - the config is foreign code, whatever it raises (SystemExit too) is the answer
-        print(MARK + json.dumps(failure(error, path)))
+        Path(answer).write_text(json.dumps(failure(error, path)), encoding="utf-8")
         return 1
-    print(MARK + json.dumps({"values": values}))
+    Path(answer).write_text(json.dumps({"values": values}), encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -118,7 +118,7 @@ def _model_steps(model: ModelFacts | None) -> list[Step]:
     if model is None:
         return []
     folder: Path = model.path
-    steps = [Step(message("config.recipe.model", path=str(folder)), lambda source: set_model(source, folder))]
+    steps = [Step(message("config.recipe.model", path=folder.name), lambda source: set_model(source, folder))]
     template = model.template
     if template is not None:
         steps.append(
@@ -131,7 +131,7 @@ def _data_steps(data: DataFacts | None) -> list[Step]:
     if data is None:
         return []
     return [
-        Step(message("config.recipe.data_path", path=str(data.path)), lambda source: set_data_path(source, data.path)),
+        Step(message("config.recipe.data_path", path=data.path.name), lambda source: set_data_path(source, data.path)),
         Step(
             message("config.recipe.map_fn", map_fn=data.map_fn or "None", format=str(data.format)),
             lambda source: set_map_fn(source, data),

@@ -90,7 +90,11 @@ class ConfigSource:
             text, dropped = self._add(path, value), set()
         else:
             old = self.tree.text(place.start, place.end)
-            if value == evaluate(self.tree, place.node) and not isinstance(value, Code) and type(value) is not bool:
+            before = evaluate(self.tree, place.node)
+            is_other_kind = isinstance(value, bool) is not isinstance(
+                before, bool
+            )  # True == 1, but they are not written alike.
+            if value == before and not isinstance(value, Code) and not is_other_kind:
                 return self
             indent = self._indent(place.start)
             new = format_value(value, old).replace("\n", self.tree.newline + indent)
@@ -148,11 +152,11 @@ class ConfigSource:
             return self._spliced(last_end, last_end, f", {entry}")
         indent = self._indent(last_start)
         comma = _after_comma(self.tree.data, last_end)
-        if comma is None:
-            return self._spliced(last_end, last_end, f",{self.tree.newline}{indent}{entry},")
-        line_end = re.compile(rb"[^\r\n]*").match(self.tree.data, comma)
-        assert line_end is not None
-        return self._spliced(line_end.end(), line_end.end(), f"{self.tree.newline}{indent}{entry},")
+        line = re.compile(rb"[^\r\n]*").match(self.tree.data, comma or last_end)
+        assert line is not None
+        note = self.tree.text(line.start(), line.end())  # The comment of the last entry stays with it.
+        joined = note if comma else f",{note}"
+        return self._spliced(line.start(), line.end(), f"{joined}{self.tree.newline}{indent}{entry},")
 
     def _entry_span(self, place: Place) -> tuple[int, int]:
         """What to cut: whole lines where the entry has its own, else the entry and the comma that joins it."""

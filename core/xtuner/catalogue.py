@@ -68,11 +68,11 @@ def configs() -> Sequence[ConfigEntry]:
 
 
 def search(pattern: str = "", *, methods: Sequence[str] = (), only_loadable: bool = False) -> list[ConfigEntry]:
-    """Configs whose name holds `pattern`, like `xtuner list-cfg -p` (any case); several words must all occur in name or base model."""
+    """Configs with every word of `pattern` in name, base model or data, in any case: those of `xtuner list-cfg -p`, and more."""
     words = pattern.lower().split()
     found = []
     for entry in configs():
-        text = f"{entry.name} {entry.base_model or ''}".lower() if len(words) > 1 else entry.name.lower()
+        text = f"{entry.name} {entry.base_model or ''} {entry.data}".lower()
         is_wanted = (not methods or entry.method in methods) and (entry.obstacle is None or not only_loadable)
         if is_wanted and all(word in text for word in words):
             found.append(entry)

@@ -67,7 +67,7 @@ def editor(name: str) -> None:
             changes_view(project, name, draft)
     with right:
         files = [dataset.path for dataset in list_datasets(project) if dataset.is_trainable]
-        around = Surroundings(read_machine(project), models=model_folders(project), data_files=files)
+        around = Surroundings(read_machine(project), models=model_folders(project), data_files=files, root=project.root)
         checks_view(project, name, source, around)
 
 

@@ -2,15 +2,16 @@
 
 import streamlit as st
 
-from core.config import library
+from core.config import deepspeed, library
 from core.config.export import bundle, commands
 from core.config.library import Draft
 from core.config.source import ConfigSource
-from core.errors import InputError
+from core.errors import DanluError, InputError
 from core.project import Project
 from core.xtuner.command import DEEPSPEED_CHOICES
-from pages.ui.config_draft import save
-from pages.ui.config_new import opened
+from pages.ui.config_draft import remember_error, save
+from pages.ui.config_new import show_next
+from pages.ui.launch_deepspeed import deepspeed_label
 from pages.ui.text import say, t
 
 
@@ -34,8 +35,9 @@ def save_bar(project: Project, draft: Draft) -> None:
                 key=f"config_save_as_{draft.name}",
                 help=t("config.save_as_name_help"),
             )
-            if st.button(t("config.save_as"), key="config_save_as_do"):
-                opened(library.add_config(project, new_name, draft.text).name, "saved")
+            st.button(
+                t("config.save_as"), key="config_save_as_do", on_click=_save_as, args=(project, str(new_name), draft)
+            )
         st.button(
             t("config.discard"),
             disabled=not is_changed and draft.broken_text is None,
@@ -46,6 +48,14 @@ def save_bar(project: Project, draft: Draft) -> None:
         st.caption(t("config.unsaved" if is_changed else "config.all_saved"))
 
 
+def _save_as(project: Project, name: str, draft: Draft) -> None:
+    """An error is shown on the next run, above the config that is still open."""
+    try:
+        show_next(library.add_config(project, name, draft.text).name, "saved")
+    except DanluError as error:
+        remember_error(error)
+
+
 def export_view(project: Project, draft: Draft) -> None:
     try:
         source = ConfigSource(draft.text)
@@ -53,26 +63,24 @@ def export_view(project: Project, draft: Draft) -> None:
         return
     with st.popover(t("config.export.title"), icon=":material/ios_share:"):
         left, right = st.columns(2)
-        choices = ["none", *DEEPSPEED_CHOICES]
-        deepspeed = left.selectbox(
+        chosen = left.selectbox(
             t("launch.deepspeed"),
-            choices,
-            format_func=lambda one: t(f"launch.zero.{one}"),
+            ["none", *DEEPSPEED_CHOICES, *deepspeed.list_own(project)],
+            format_func=deepspeed_label,
             key="config_export_deepspeed",
             help=t("launch.deepspeed_help"),
         )
         cards = right.number_input(
             t("config.export.cards"), 1, 64, 1, key="config_export_cards", help=t("config.export.cards_help")
         )
-        found = commands(
-            project, draft.name, source, deepspeed=None if deepspeed == "none" else deepspeed, cards=int(cards)
-        )
+        setting = None if chosen == "none" else deepspeed.find(project, chosen)
+        found = commands(project, draft.name, source, deepspeed=setting, cards=int(cards))
         script = "\n".join(["#!/bin/bash", *(f"# {say(one.why)}\n{one.line}" for one in found)]) + "\n"
         st.code(script, language="bash", wrap_lines=True)
         st.caption(t("config.export.note"))
         st.download_button(
             t("config.export.download"),
-            bundle(draft.name, draft.text, script),
+            bundle(draft.name, draft.text, script, setting),
             file_name=f"{draft.name}.zip",
             mime="application/zip",
             icon=":material/download:",

@@ -1,4 +1,4 @@
-"""Making a new config: one written for the project's model, or a copy of one of XTuner's."""
+"""Making a new config: one written for the project's model, a copy of one of XTuner's, or a file from elsewhere."""
 
 from pathlib import Path
 
@@ -7,29 +7,36 @@ import streamlit as st
 from core.config import library, presets
 from core.config.facts import model_folders, read_data, read_machine, read_model
 from core.data.library import list_datasets
+from core.errors import DanluError
 from core.project import Project
 from core.xtuner import catalogue
 from core.xtuner.catalogue import ConfigEntry
 from pages.ui import shell
-from pages.ui.text import say, t
+from pages.ui.text import say, show_error, t
 
 _TABLE_PIXELS, _ROW_PIXELS = 260, 35
 
 
 def new_forms(project: Project) -> None:
-    """Two ways side by side in tabs."""
-    preset, shipped = st.tabs([t("config.tab_preset"), t("config.tab_catalogue")])
+    """Three ways side by side in tabs."""
+    preset, shipped, brought = st.tabs([t("config.tab_preset"), t("config.tab_catalogue"), t("config.tab_file")])
     with preset:
         _preset(project)
     with shipped:
         _catalogue(project)
+    with brought:
+        _file(project)
 
 
-def opened(name: str, notice: str) -> None:
-    """Make the page show this config from now on."""
+def show_next(name: str, notice: str) -> None:
+    """Make the page show this config from its next run on."""
     st.session_state["config_next"] = name
     st.session_state["config_notice"] = notice
     st.session_state["config_close_new"] = True
+
+
+def _opened(name: str, notice: str) -> None:
+    show_next(name, notice)
     st.rerun()
 
 
@@ -67,7 +74,7 @@ def _preset(project: Project) -> None:
         model, data = read_model(folder), read_data(file) if file else None
         text = presets.make(model, data, machine, presets.Wishes(method=str(method)))
         made = library.add_config(project, presets.file_name(model, data, str(method)), text, is_exact=False)
-        opened(made.name, "made")
+        _opened(made.name, "made")
 
 
 def _file_name(file: Path | None) -> str:
@@ -87,13 +94,14 @@ def _catalogue(project: Project) -> None:
         catalogue.METHODS,
         format_func=lambda name: t(f"config.methods.{name}"),
         key="config_methods",
+        placeholder=t("config.filter_method_all"),
         help=t("config.filter_method_help"),
     )
     only_loadable = right.checkbox(t("config.only_loadable"), value=True, key="config_only_loadable")
     entries = catalogue.search(pattern, methods=methods, only_loadable=only_loadable)
     st.caption(t("config.count", count=len(entries)))
     choice = st.dataframe(
-        [_row(entry) for entry in entries],
+        [_row(entry, is_loadable=only_loadable) for entry in entries],
         height=min(_TABLE_PIXELS, _ROW_PIXELS * (len(entries) + 1) + 3),
         hide_index=True,
         on_select="rerun",
@@ -110,17 +118,35 @@ def _catalogue(project: Project) -> None:
     if st.button(
         f"{t('config.copy')} · {entry.name}", type="primary", icon=":material/content_copy:", key="config_copy"
     ):
-        opened(library.copy_config(entry, project).name, "copied")
+        _opened(library.copy_config(entry, project).name, "copied")
 
 
-def _row(entry: ConfigEntry) -> dict[str, object]:
+def _file(project: Project) -> None:
+    st.caption(t("config.file_note"))
+    file = st.file_uploader(
+        t("config.file"), type=["py"], max_upload_size=1, key="config_file", label_visibility="collapsed"
+    )
+    if st.button(
+        t("config.file_take"), type="primary", icon=":material/upload_file:", key="config_file_take", disabled=not file
+    ):
+        try:
+            taken = library.import_config(project, file.name, file.getvalue())
+        except DanluError as error:
+            show_error(error)
+            return
+        _opened(taken.name, "taken")
+
+
+def _row(entry: ConfigEntry, *, is_loadable: bool) -> dict[str, object]:
+    """What matters most on the left: the table is wider than the page. Of configs that all work, nobody needs to read that."""
+    state = {} if is_loadable else {"state": "✓" if entry.obstacle is None else f"✗ {say(entry.obstacle)}"}
     values = {
         "name": entry.name,
-        "model": entry.base_model or entry.model,
-        "size": entry.size or "",
         "method": t(f"config.methods.{entry.method}"),
+        "size": entry.size or "",
+        **state,
         "data": entry.data,
-        "epochs": entry.epochs,
-        "state": "✓" if entry.obstacle is None else "✗",
+        "epochs": "" if entry.epochs is None else str(entry.epochs),
+        "model": entry.base_model or entry.model,
     }
     return {t(f"config.columns.{key}"): value for key, value in values.items()}

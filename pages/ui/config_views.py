@@ -12,6 +12,7 @@ from core.config.load import load_values
 from core.config.source import ConfigSource, diff
 from core.errors import DanluError, InputError
 from core.project import Project
+from pages.ui.code_box import code_box
 from pages.ui.config_draft import change, change_text
 from pages.ui.findings import finding_card
 from pages.ui.text import show_error, t
@@ -23,7 +24,7 @@ def source_view(project: Project, name: str, draft: Draft) -> None:
         _show_broken(project, draft, draft.broken_text)
     key = f"config_source_{name}"
     st.session_state[key] = draft.text if draft.broken_text is None else draft.broken_text
-    st.text_area(
+    code_box(
         t("config.tab_source"),
         height=520,
         key=key,

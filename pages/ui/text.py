@@ -44,6 +44,11 @@ def gib(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def span(low: str, high: str) -> str:
+    """From one to the other, both as people read them; once where they read the same."""
+    return low if low == high else f"{low} – {high}"
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: 42 s, 3 min 5 s, 2 h 14 min; 42 秒, 3 分 5 秒, 2 小时 14 分."""
     whole = round(seconds)

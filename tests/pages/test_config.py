@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from core.config import deepspeed
 from core.config.library import add_config, open_draft
 from core.config.own_recipes import list_recipes
 from core.config.source import ConfigSource
@@ -22,7 +23,7 @@ def project(tmp_path: Path) -> Project:
 
 
 def show(project: Project, view: str, language: str = "en") -> AppTest:
-    app = AppTest.from_file(SCRIPT, default_timeout=60)
+    app = AppTest.from_file(SCRIPT, default_timeout=240)
     app.session_state["project_root"] = str(project.root)
     app.session_state["language"] = language
     app.session_state["config_view"] = view
@@ -117,3 +118,47 @@ def test_another_config_is_compared_by_meaning(project: Project) -> None:
     app.segmented_control(key="config_against_tiny").set_value("against_other").run()
     assert not app.exception
     assert app.dataframe[0].value.values.tolist() == [["optim_wrapper.optimizer.lr", "0.0002", "1e-5"]]
+
+
+def test_a_name_that_cannot_be_is_said_above_the_config_that_stays_open(project: Project) -> None:
+    app = show(project, "form")
+    app.text_input(key="config_save_as_tiny").input("a b").run()
+    app.button(key="config_save_as_do").click().run()
+    assert any('"a b" cannot be the name' in error.value for error in app.error)
+    assert app.text_input(key="config_field_tiny_lr").value
+    app.text_input(key="config_save_as_tiny").input("better").run()
+    app.button(key="config_save_as_do").click().run()
+    assert not app.error
+    assert app.selectbox(key="config_name").value == "better"
+
+
+def test_the_export_knows_the_projects_own_deepspeed_settings(project: Project) -> None:
+    deepspeed.save(project, "small", '{"zero_optimization": {"stage": 2}}')
+    app = show(project, "form")
+    app.selectbox(key="config_export_deepspeed").set_value("small").run()
+    assert not app.exception
+    assert "--deepspeed config/deepspeed/small.json" in app.code[0].value
+
+
+def test_a_file_from_elsewhere_is_taken_in_even_if_it_does_not_parse(project: Project) -> None:
+    app = show(project, "form")
+    app.toggle(key="config_is_adding").set_value(True).run()
+    assert app.button(key="config_file_take").disabled
+    app.file_uploader(key="config_file").upload("theirs.py", b"lr = = 1\n").run()
+    app.button(key="config_file_take").click().run()
+    assert not app.exception
+    assert app.selectbox(key="config_name").value == "theirs"
+    assert any("line 1" in error.value.lower() for error in app.error)
+    assert (project.config / "theirs.py").read_bytes() == b"lr = = 1\n"
+
+
+def test_the_catalogue_says_what_does_not_work_here_and_why(project: Project) -> None:
+    app = show(project, "form")
+    app.toggle(key="config_is_adding").set_value(True).run()
+    assert "Works" not in app.dataframe[0].value.columns, "of configs that all work nobody needs to read it"
+    app.checkbox(key="config_only_loadable").uncheck().run()
+    states = app.dataframe[0].value["Works"]
+    assert (states == "✓").any()
+    assert states[states != "✓"].str.fullmatch("✗ .{10,}").all()
+    app.text_input(key="config_search").input("Qwen1.5-0.5B alpaca").run()
+    assert set(app.dataframe[0].value["Name"].str[:11]) == {"qwen1_5_0_5"}

@@ -33,7 +33,7 @@ def test_a_service_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, la
     root.mkdir()
     project = open_project(root)
     (project.config / "one.py").write_text("visualizer = None\n")
-    app = AppTest.from_string(SCRIPT.format(root=str(root)), default_timeout=30)
+    app = AppTest.from_string(SCRIPT.format(root=str(root)), default_timeout=240)
     app.session_state["language"] = language
     app.run()
     assert app.multiselect[0].options == ["TensorBoard", "Weights & Biases"]

@@ -1,6 +1,7 @@
 """Each check with a config that is right and one that is wrong, and its fix: after it the finding is gone."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ BROKEN: list[tuple[str, Severity, Edit, dict[str, Any]]] = [
     ("learning_rate", Severity.WARNING, sets("lr", 0.2), {}),
     ("too_long", Severity.WARNING, sets("max_length", 4096), {}),
     ("reserved_name", Severity.ERROR, lambda source: ConfigSource(source.text + "round = 3\nlast = round\n"), {}),
+    ("byte_order_mark", Severity.ERROR, lambda source: ConfigSource("\ufeff" + source.text), {}),
     ("keep_all", Severity.ADVICE, sets("save_total_limit", -1), {}),
     ("model_missing", Severity.ERROR, sets("pretrained_model_name_or_path", "/gone/model"), {}),
     ("model_from_hub", Severity.ERROR, sets("pretrained_model_name_or_path", "internlm/internlm2-chat-1_8b"), {}),
@@ -150,6 +152,65 @@ def test_a_system_text_the_template_has_no_place_for(made: ConfigSource) -> None
     found = codes(odd)["system_unsupported"]
     assert apply_fix(odd, found).get("SYSTEM") == ""
     assert "system_unsupported" not in codes(made.set("SYSTEM", "You are a poet."))
+
+
+def test_relative_paths_begin_in_the_project(made: ConfigSource, project: Project) -> None:
+    relative = made.set("data_files", ["data/many.jsonl"]).set("pretrained_model_name_or_path", "model/tiny-qwen2")
+    assert {"data_missing", "model_from_hub"} <= codes(relative).keys()
+    found = [one for one in check(relative, context(relative, root=project.root)) if one.code == "relative_path"]
+    assert [one.severity for one in found] == [Severity.WARNING] * 2
+    for one in found:
+        relative = apply_fix(relative, one)
+    assert relative.text == made.text
+    full = str(project.data / "many.jsonl")
+    for written, wanted in (("'data/many.jsonl'", full), ("dict(train='data/many.jsonl')", {"train": full})):
+        other = ConfigSource(made.text.replace("data_files=data_files", f"data_files={written}"))
+        mended = apply_fix(other, codes(other, root=project.root)["relative_path"])
+        assert mended.get("train_dataset.dataset.data_files") == wanted
+
+
+def test_a_folder_that_is_no_model(made: ConfigSource, project: Project) -> None:
+    around = {"models": [project.model / "tiny-qwen2"]}
+    broken = made.set("pretrained_model_name_or_path", str(project.data))
+    found = codes(broken, **around)["model_without_config"]
+    assert found.severity is Severity.ERROR
+    assert apply_fix(broken, found).text == made.text
+
+
+def test_data_of_the_hub(made: ConfigSource, project: Project) -> None:
+    broken = made.set("train_dataset.dataset.path", "tatsu-lab/alpaca").delete("train_dataset.dataset.data_files")
+    around = {"data_files": [project.data / "many.jsonl"]}
+    found = codes(broken, **around)["data_from_hub"]
+    assert found.severity is Severity.ERROR
+    mended = apply_fix(broken, found)
+    assert mended.get("train_dataset.dataset.data_files") == {"train": str(project.data / "many.jsonl")}
+    assert "data_from_hub" not in codes(mended, **around)
+
+
+def test_a_data_set_of_another_kind_is_said(made: ConfigSource) -> None:
+    foreign = made.set("train_dataset", {"type": Code("load_intern_repo_tokenized_dataset"), "folder": "/data"})
+    assert codes(foreign)["foreign_dataset"].severity is Severity.ADVICE
+
+
+def test_nothing_is_asked_while_training(made: ConfigSource) -> None:
+    assert codes(made.set("evaluation_inputs", []))["no_questions"].severity is Severity.ADVICE
+
+
+def test_a_model_that_is_quantised_already(made: ConfigSource, qwen2: ModelFacts) -> None:
+    file = qwen2.path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"bits": 4}}))
+    broken = NF4(made)
+    found = codes(broken)["quantized_twice"]
+    assert found.severity is Severity.ERROR
+    assert "quantized_twice" not in codes(apply_fix(broken, found))
+
+
+def test_a_start_mark_that_comes_twice(made: ConfigSource, qwen2: ModelFacts) -> None:
+    """SmolLM2's bos_token is ChatML's own `<|im_start|>`."""
+    assert "bos_twice" not in codes(made)
+    file = qwen2.path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bos_token": "<|im_start|>"}))
+    assert codes(made)["bos_twice"].severity is Severity.ADVICE
 
 
 def test_names_and_packages(made: ConfigSource) -> None:

@@ -7,6 +7,7 @@ import zipfile
 import pytest
 
 from core.config.compare import Difference, compare, flatten
+from core.config.deepspeed import find, save
 from core.config.edits import set_method
 from core.config.export import bundle, commands
 from core.config.load import load_values
@@ -44,7 +45,7 @@ def test_the_values_are_those_that_mmengine_gives(shipped: ConfigSource) -> None
 
 
 def test_the_guides_commands(project: Project, shipped: ConfigSource) -> None:
-    found = commands(project, "my config", shipped, deepspeed="deepspeed_zero2", cards=2)
+    found = commands(project, "my config", shipped, deepspeed=find(project, "deepspeed_zero2"), cards=2)
     lines = [command.line for command in found]
     assert lines == [
         f"cd {project.root}",
@@ -69,6 +70,18 @@ def test_the_bundle_holds_the_config_byte_for_byte(project: Project, shipped: Co
         assert archive.getinfo("commands.sh").external_attr >> 16 & 0o111
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_a_deepspeed_json_of_ones_own_goes_along(project: Project, shipped: ConfigSource) -> None:
+    save(project, "small", '{"zero_optimization": {"stage": 2}}')
+    setting = find(project, "small")
+    train = next(each.line for each in commands(project, "mine", shipped, deepspeed=setting) if " train " in each.line)
+    assert train.endswith("--deepspeed config/deepspeed/small.json")
+    with zipfile.ZipFile(io.BytesIO(bundle("mine", shipped.text, "", setting))) as archive:
+        assert archive.read("config/deepspeed/small.json").decode() == setting.text
+    stock = find(project, "deepspeed_zero2")
+    with zipfile.ZipFile(io.BytesIO(bundle("mine", shipped.text, "", stock))) as archive:
+        assert archive.namelist() == ["config/mine.py", "commands.sh"]
 
 
 @pytest.mark.parametrize("name", ["a'b", "$(touch x)", "名 字"])

@@ -9,7 +9,7 @@ from core.config.library import read_config
 from core.config.load import load_values
 from core.config.source import ConfigSource
 from core.errors import InputError
-from core.runs.train import TrainRequest
+from core.runs.request import TrainRequest
 from core.xtuner.catalogue import configs
 from tests.models import write_tiny_qwen2
 from tests.training import make_project, train

@@ -14,7 +14,8 @@ from core.config.findings import Context
 from core.config.source import ConfigSource
 from core.project import Project
 from core.runs.directory import RunDirectory
-from core.runs.train import TrainRequest, plan
+from core.runs.request import TrainRequest
+from core.runs.train import plan
 from tests.models import write_tiny_qwen2
 from tests.training import make_project
 

@@ -70,3 +70,19 @@ def test_binary_and_huge_files_are_refused(project: Project) -> None:
     zeros.write_bytes(b"a = 1\n\0\0")
     with pytest.raises(InputError, match=r"config\.not_text"):
         ConfigSource(library.read_config(zeros))
+
+
+def test_a_file_from_elsewhere_comes_in_under_a_free_name(project: Project) -> None:
+    assert library.import_config(project, "C:/x/mine.py", b"lr = 1\r\n").name == "mine"
+    again = library.import_config(project, "mine.py", "lr = = 1  # 中文\n".encode())
+    assert (again.name, library.read_config(again.path)) == ("mine_2", "lr = = 1  # 中文\n")
+    assert (project.config / "mine.py").read_bytes() == b"lr = 1\r\n"
+    for name, data, code in (
+        ("my config.py", b"lr = 1", "config.bad_name"),
+        ("gbk.py", "# 中文".encode("gbk"), "files.not_utf8"),
+        ("huge.py", b"#" * 1_000_001, "config.too_large"),
+    ):
+        with pytest.raises(InputError) as caught:
+            library.import_config(project, name, data)
+        assert caught.value.code == code
+    assert len(library.list_configs(project)) == 2

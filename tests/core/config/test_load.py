@@ -1,7 +1,6 @@
 """A config is code: it runs in a process of its own, within a time limit, and what is wrong is said with its line."""
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ def test_values_and_names() -> None:
         ('import os\n\nx = os.environ["NO_SUCH_NAME"]\n', 3, "subscriptable"),
         ("a = 1\nraise SystemExit(3)\n", 2, "3"),
         ("import os\nx = 1 / 0\n", 2, "division"),
+        ("import os\nwhile True:\n    print('x' * 2**20)\n", 3, "too large"),
     ],
 )
 def test_what_goes_wrong_is_said_with_its_line(text: str, line: int, reason: str) -> None:
@@ -31,11 +31,15 @@ def test_what_goes_wrong_is_said_with_its_line(text: str, line: int, reason: str
     assert reason in caught.value.params["reason"]
 
 
+def test_a_config_that_ends_its_process_is_told_from_a_missing_mmengine() -> None:
+    with pytest.raises(InputError, match=r"config\.does_not_load") as caught:
+        load_values("a = 1\n__import__('os').abort()\n")
+    assert caught.value.params["reason"] == "SIGABRT"
+
+
 def test_an_endless_loop_is_ended() -> None:
-    started = time.monotonic()
     with pytest.raises(InputError, match=r"config\.takes_too_long"):
         load_values("import os\nwhile True:\n    pass\n", timeout_seconds=4)
-    assert time.monotonic() - started < 12
 
 
 def test_a_syntax_error_starts_no_process() -> None:

@@ -12,7 +12,8 @@ from core.config.memory.measured import Key, correction, remember
 from core.project import Project
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.metrics import COLUMNS, Metrics
-from core.runs.train import TrainRequest, plan
+from core.runs.request import TrainRequest
+from core.runs.train import plan
 from tests.models import write_tiny_qwen2
 from tests.training import make_project
 

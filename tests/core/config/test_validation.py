@@ -168,6 +168,16 @@ def test_a_handful_of_rows_says_little(project: Project, made: ConfigSource) -> 
     assert list(codes(source)) == ["validation_few"]
 
 
+def test_validation_data_that_xtuner_does_not_read_is_said(
+    project: Project, made: ConfigSource, many_rows: DataFacts
+) -> None:
+    file = project.data / "sharegpt.json"
+    file.write_text('[{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}]')
+    source = set_validation(made, read_data(write_rows(project.data / "held_out.jsonl", 40)))
+    finding = codes(source.set("validation_files", [str(file)]))["validation_format"]
+    assert (finding.severity, finding.fix) == (Severity.ERROR, None)
+
+
 def test_the_training_data_is_no_validation_data(made: ConfigSource, many_rows: DataFacts) -> None:
     finding = codes(set_validation(made, many_rows))["validation_same"]
     assert read_validation(apply_fix(set_validation(made, many_rows), finding)) is None
