@@ -32,7 +32,8 @@ _CHAINS: Final = 2
 VICTIMS: Final = ("rank 0", "rank 1", "torchrun", "supervisor", "rank in a save")
 _TRAINER: Final = Path(__file__).parent / "training/saving_ranks.py"
 _STEPS: Final = 100_000
-_SECONDS: Final = 60.0
+_SECONDS: Final = 600.0
+"""For what hangs; how long an end took is a figure of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def _end_of(run: RunDirectory, *, unsupervised: bool) -> RunStatus:
     deadline = time.monotonic() + _SECONDS
     while (status := read_status(run)).phase.is_active and time.monotonic() < deadline:
         time.sleep(0.05)
-    processes.wait_until_gone([stat.pid for stat in processes.marked(str(run.path))], 20.0)
+    processes.wait_until_gone([stat.pid for stat in processes.marked(str(run.path))], _SECONDS)
     return status
 
 

@@ -44,7 +44,8 @@ def train(folder: Path) -> dict[str, list[dict[str, Any]]]:
     from core.models.embedded import NAME, write_embedded_model
     from core.project import create_project
     from core.runs.job import SilentProgress
-    from core.runs.train import TrainRequest, start_training
+    from core.runs.request import TrainRequest
+    from core.runs.train import start_training
 
     project = create_project(folder, "same_loss")
     write_embedded_model(target=str(project.model / NAME), progress=SilentProgress())

@@ -101,9 +101,10 @@ def _has_loss(work_dir: Path) -> bool:
 
 def _app(project: Project, config: Path, name: str) -> tuple[float, dict[str, float]]:
     """Seconds from the click, and by phase from the start of the process."""
+    from core.runs.request import TrainRequest
     from core.runs.startup import read_startup
     from core.runs.state import read_status
-    from core.runs.train import TrainRequest, start_training
+    from core.runs.train import start_training
 
     begun = time.perf_counter()
     run_directory = start_training(project, TrainRequest(config=config, name=name))

@@ -10,6 +10,7 @@ from core.environment.doctor import last_report
 from core.environment.report import Status
 from core.project import Project
 from core.runs.jobs import list_runs
+from core.runs.pace import ask_all
 from core.runs.state import Phase, read_status
 
 STEPS: Final = ("environment", "model", "dataset", "config", "launch", "monitor", "export", "chat")
@@ -29,7 +30,7 @@ def steps(project: Project | None) -> dict[str, StepState]:
     if project is None:
         return {}
     report = last_report(project.root)
-    phases = [read_status(run).phase for run in list_runs(project)]
+    phases = [status.phase for status in ask_all(read_status, list_runs(project))]
     trained = any(phase in (Phase.FINISHED, Phase.STOPPED) for phase in phases)
     return {
         "environment": _done(report is not None and report.status is not Status.RED),

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.environment.interpreters import is_legacy
+from core.gpu import devices
 from core.runs.devices import holders
 from core.xtuner.command import free_port, training_argv, training_env
 
@@ -28,17 +30,16 @@ class Command:
     env: dict[str, str]
 
 
-def list_gpus() -> list[Gpu]:
-    """The GPUs of this machine. Without a driver or pynvml there are none, which is no error."""
-    try:
-        import pynvml
-    except ImportError:
-        return []
-    try:
-        pynvml.nvmlInit()
-        return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return []
+def list_gpus(library: Any = None) -> list[Gpu]:
+    """What can train here: cards, or the slices of one that is cut by MIG. Without a driver or pynvml there are none, which is no error.
+
+    A card that does not say who it is or what memory it has is lost, and left out. `library`: as for `core.gpu.devices`.
+    """
+    return [
+        Gpu(found.index, found.uuid, found.name or "", found.memory_total_bytes, found.memory_used_bytes or 0)
+        for found in devices(library)
+        if found.uuid is not None and found.memory_total_bytes is not None
+    ]
 
 
 def idle_gpu() -> str | None:
@@ -54,12 +55,3 @@ def command(python: str, run_folder: Path, *, gpus: Sequence[str], world_size: i
         python, run_folder, world_size=world_size, port=free_port(), needs_torchrun=is_legacy(Path(python))
     )
     return Command(argv, training_env(gpus=gpus, world_size=world_size, is_local=is_local))
-
-
-def _gpu(index: int) -> Gpu:
-    import pynvml
-
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    uuid, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
-    return Gpu(index, str(uuid), str(name), int(memory.total), int(memory.used))

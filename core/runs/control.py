@@ -110,16 +110,6 @@ def _write_request(run: RunDirectory, mode: StopMode, supervisor_pid: int | None
         )  # No room for a file: the supervisor takes a signal for a cancel.
 
 
-def has_stopped(run: RunDirectory, timeout_seconds: float) -> bool:
-    """Wait until `run` is no longer active: for command lines and tests, never for a page."""
-    deadline = time.monotonic() + timeout_seconds
-    while read_status(run).phase.is_active:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def is_stoppable(run: RunDirectory, phase: Phase) -> bool:
     """Whether the app can stop it: it lives, and it is ours."""
     return phase.is_active and run.spec_file.exists()

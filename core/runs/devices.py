@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -119,10 +119,12 @@ class Claim:
             os.pwrite(handle, json.dumps(record).encode(), 0)
 
     def release(self) -> None:
-        """Leave the queue and give the devices back."""
-        self._ticket.unlink(missing_ok=True)
+        """Leave the queue and give the devices back. Never raises: where no lock can be kept, there is none to give back."""
+        with suppress(OSError):
+            self._ticket.unlink()
         for handle in self._locks.values():
-            os.ftruncate(handle, 0)
+            with suppress(OSError):
+                os.ftruncate(handle, 0)
             os.close(handle)
         self._locks.clear()
 

@@ -18,21 +18,26 @@ from core.files import write_json
 from core.i18n import catalog
 from core.messages import Message
 from core.runs.directory import RunDirectory
+from core.runs.pace import Pace
 
 EXIT_OK: Final = 0
 EXIT_EXPLAINED: Final = 3
 _WRITE_EVERY_SECONDS: Final = 0.2
+_WRITING_SHARE: Final = 0.1
+"""Part of the time that noting the progress may take."""
 
 
 class Progress:
     """How far a job is. Writes progress.json at most five times a second; says when a person wants it to stop."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        self._run = run
+    def __init__(self, run: RunDirectory, now: Callable[[], float] = time.monotonic) -> None:
+        self._run, self._now = run, now
         self._started_at = time.time()
-        self._written_at = 0.0
+        self._written: float | None = None
+        """By `now`: a clock that is set back must not silence a job."""
         self._phase: str | None = None
         self._first_done: float | None = None
+        self._looking, self._writing = Pace(now=now), Pace(_WRITING_SHARE, now=now)
 
     def update(self, done: float, total: float | None, message: Message, *, unit: str = "") -> None:
         """Say that `done` of `total` (None: not known) is done. `unit`: "bytes", "rows", "tensors" or "".
@@ -40,29 +45,35 @@ class Progress:
         Raises JobError `runs.cancelled` if a person asked to stop: let it pass through, clean up in `finally`.
         """
         self.check()
-        now = time.time()
         is_last = total is not None and done >= total
-        if message.key == self._phase and not is_last and now - self._written_at < _WRITE_EVERY_SECONDS:
+        if message.key == self._phase and not is_last and not self._is_due():
             return
-        self._written_at, self._phase = now, message.key
+        self._written, self._phase, now = self._now(), message.key, time.time()
         if self._first_done is None and total is not None:
             self._first_done, self._started_at = done, now
-        write_json(
-            self._run.progress_file,
-            {
-                "done": done,
-                "first_done": self._first_done or 0,
-                "total": total,
-                "unit": unit,
-                "message": message.to_json(),
-                "started_at": self._started_at,
-                "at": now,
-            },
-        )
+        value = {
+            "done": done,
+            "first_done": self._first_done or 0,
+            "total": total,
+            "unit": unit,
+            "message": message.to_json(),
+            "started_at": self._started_at,
+            "at": now,
+        }
+        with self._writing.taken():
+            write_json(self._run.progress_file, value)
+
+    def _is_due(self) -> bool:
+        is_old = self._written is None or self._now() - self._written >= _WRITE_EVERY_SECONDS
+        return is_old and self._writing.is_due()
 
     def check(self) -> None:
-        """Raises JobError `runs.cancelled` if a person asked to stop."""
-        if self._run.stop_file.exists():
+        """Raises JobError `runs.cancelled` if a person asked to stop; on a slow disk it looks every few seconds only."""
+        if not self._looking.is_due():
+            return
+        with self._looking.taken():
+            is_asked = self._run.stop_file.exists()
+        if is_asked:
             raise JobError("runs.cancelled")
 
 

@@ -59,7 +59,10 @@ def launch(parent: Path, spec: RunSpec) -> RunDirectory:
 
 @contextmanager
 def _alone(run: RunDirectory) -> Iterator[None]:
-    """Nobody else writes its run.json meanwhile, or runs it: the lock is the supervisor's own."""
+    """Nobody else writes its run.json meanwhile, or runs it: the lock is the supervisor's own.
+
+    Where the file system keeps no locks (NFS without its lock service), nobody is kept away.
+    """
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock = open(run.supervisor_lock, "ab")  # noqa: SIM115 - closed below; its own errors are another matter
@@ -68,8 +71,10 @@ def _alone(run: RunDirectory) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ConflictError("runs.already_started", run=run.id) from error
+        except OSError:
+            pass  # no locks here, see above: run.json itself still keeps out a second one that comes later
         yield
 
 

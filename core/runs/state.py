@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -86,13 +86,17 @@ class RunStatus:
 
 def read_status(run: RunDirectory, is_alive: Callable[[ProcessIdentity], bool] = ProcessIdentity.is_alive) -> RunStatus:
     """What `run` is doing now. Never raises: a directory that cannot be read is LOST."""
-    state = _read_state(run)
-    if state is None:
-        return _without_state(run)
-    try:
-        return _from_state(state, is_alive)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return _without_state(run)
+    while (state := _read_state(run)) is not None:
+        try:
+            status = _from_state(state, is_alive)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            break
+        if status.phase is not Phase.LOST:
+            return status
+        # It may have ended, and written so, between our look at its file and the one at its processes.
+        if _read_state(run) == state:
+            return _just_started(run, status) if state["phase"] == "starting" else status
+    return _without_state(run)
 
 
 def read_attempt(run: RunDirectory) -> dict[str, Any]:
@@ -109,6 +113,15 @@ def process_identity(run: RunDirectory) -> ProcessIdentity | None:
     state = _read_state(run) or {}
     process = state.get("process")
     return ProcessIdentity.from_json(process) if process else None
+
+
+def is_supervised(run: RunDirectory) -> bool:
+    """Whether state.json names a living supervisor of a run that has not ended."""
+    try:
+        state = _read_state(run) or {}
+        return Phase(state["phase"]).is_active and ProcessIdentity.from_json(state["supervisor"]).is_alive()
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def find_supervisor(run: RunDirectory) -> int | None:
@@ -162,6 +175,14 @@ def _from_state(state: dict[str, Any], is_alive: Callable[[ProcessIdentity], boo
         peak_gpu_bytes=state.get("peak_gpu_bytes"),
         earlier_seconds=float(state.get("earlier_seconds") or 0.0),
     )
+
+
+def _just_started(run: RunDirectory, status: RunStatus) -> RunStatus:
+    """A supervisor that was killed before it could note the process it had started: that one lives, and may be stopped."""
+    leader = next(iter(processes.marked(str(run.path))), None)
+    if leader is None:
+        return status
+    return replace(status, phase=Phase.RUNNING, pid=leader.pid, is_supervised=False)
 
 
 def _number(value: object) -> float | None:

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -40,30 +41,30 @@ class Stop:
             self.terminated = now
             members.send(signal.SIGTERM)
             return True
-        if self.is_time_to_kill() and not self.is_killed:
+        if self.is_time_to_kill(now) and not self.is_killed:
             self.is_killed = True
             members.send(signal.SIGKILL)
             return True
         return False
 
-    def is_time_to_kill(self) -> bool:
-        return self.terminated is not None and time.monotonic() - self.terminated > KILL_SECONDS
+    def is_time_to_kill(self, now: float) -> bool:
+        return self.terminated is not None and now - self.terminated > KILL_SECONDS
 
     def to_json(self) -> dict[str, Any]:
         sent = "SIGKILL" if self.is_killed else "SIGTERM" if self.terminated is not None else None
         return {"mode": self.mode, "requested_at": self.requested_at, "reason": self.reason, "sent": sent}
 
 
-def end_leftovers(members: Members, stop: Stop | None) -> None:
+def end_leftovers(members: Members, stop: Stop | None, clock: Callable[[], float] = time.monotonic) -> None:
     """The first process has ended: whatever it left behind must end too, in its own time, by SIGTERM, by SIGKILL."""
-    began = time.monotonic()
+    began = clock()
     has_terminated = has_killed = False
-    while members.living() and (elapsed := time.monotonic() - began) < _GIVE_UP_SECONDS:
+    while members.living() and (elapsed := (now := clock()) - began) < _GIVE_UP_SECONDS:
         if not has_terminated and elapsed > _LEFTOVER_SECONDS:
             has_terminated = True
             members.send(signal.SIGTERM)
         was_told = stop is not None and stop.terminated is not None
-        if stop.is_time_to_kill() if stop and was_told else elapsed > _LEFTOVER_SECONDS + KILL_SECONDS:
+        if stop.is_time_to_kill(now) if stop and was_told else elapsed > _LEFTOVER_SECONDS + KILL_SECONDS:
             has_killed = True
             members.send(signal.SIGKILL)
         members.wait(0.05 if has_killed else POLL_SECONDS)

@@ -21,7 +21,7 @@ from core.runs.directory import SCHEMA_VERSION, RunDirectory, RunSpec
 from core.runs.gpu_sensors import bytes_left, gpu_memory_bytes
 from core.runs.members import Members, decode
 from core.runs.sampling import Sampler
-from core.runs.state import process_identity, read_status
+from core.runs.state import is_supervised, process_identity, read_status
 from core.runs.state_writer import StateWriter
 from core.runs.stop import Stop, end_leftovers, final_phase, requested
 from core.runs.watch import Watch
@@ -31,6 +31,9 @@ _GONE_SECONDS: Final = 30.0
 _EXIT_NOT_STARTED: Final = 127
 EXIT_SUPERVISED: Final = 4
 """Another supervisor has this run."""
+_LAST_WORD_SECONDS: Final = 30.0
+"""How long the supervisor of an attempt that has ended may still be there: it tells the webhook."""
+_LOCK_POLL_SECONDS: Final = 0.05
 
 
 class Supervisor:
@@ -70,10 +73,11 @@ class Supervisor:
     def supervise(self) -> int:
         """Run the command to its end. Returns 0: how the run ended is in state.json."""
         if not self._is_adopting and not (self._wait_for_turn() and self._start()):
-            self._claim.release()
             return 0
         if self._sampler:
             self._sampler.start()
+        if self._is_adopting:
+            self._look_for_stop()  # the run may have heard it, and ended, before we came
         while not self._members.is_over():
             self._members.wait()
             self._look_for_stop()
@@ -89,7 +93,6 @@ class Supervisor:
         self._finish()
         if self._watch:
             self._watch.close(self._phase)
-        self._claim.release()
         return 0
 
     def _adopt(self) -> None:
@@ -118,6 +121,7 @@ class Supervisor:
             self._members.wait()
             self._look_for_directory()
             if self._is_told_to_end or requested(self.run.stop_file):
+                self._claim.release()
                 self._phase = "cancelled"
                 self._ended = {"ended_at": time.time()}
                 self._write()
@@ -145,6 +149,7 @@ class Supervisor:
                 )
             except OSError as error:
                 log.write(f"{error}\n".encode())
+                self._claim.release()
                 self._phase = "failed"
                 self._ended = {"ended_at": time.time(), "exit_code": _EXIT_NOT_STARTED, "signal": None}
                 self._write()
@@ -199,6 +204,7 @@ class Supervisor:
         code, number = decode(self._members.wait_status)
         ended_at = time.time()
         left_bytes = bytes_left(self.spec.gpus, self._gpu_bytes_before, self._members.wait)
+        self._claim.release()  # before anyone reads that the run has ended, and does not wait for a webhook that hangs
         self._phase = final_phase(self._stop, code, is_adopting=self._is_adopting)
         self._ended = {
             "ended_at": ended_at,
@@ -242,13 +248,24 @@ def _earlier_attempts(run: RunDirectory, *, is_adopting: bool) -> tuple[float, f
 
 
 def _is_alone(run: RunDirectory) -> bool:
-    """Whether this process is the run's only supervisor; it stays that as long as it lives, its child after the fork too."""
+    """Whether this process is the run's only supervisor; it stays that as long as it lives, its child after the fork too.
+
+    Waits for one that says its last word, and for a server that only looks whether there is a run already.
+    """
     handle = os.open(run.supervisor_lock, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True  # the descriptor stays open: the lock lives as long as it does
+    deadline = time.monotonic() + _LAST_WORD_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if is_supervised(run) or time.monotonic() > deadline:
+                return False
+            time.sleep(_LOCK_POLL_SECONDS)
+        except OSError as error:  # NFS without its lock service: state.json has to do
+            print(f"no lock for the run: {error}", file=sys.stderr, flush=True)
+            return not is_supervised(run)
+        else:
+            return True  # the descriptor stays open: the lock lives as long as it does
 
 
 def main(argv: list[str]) -> int:

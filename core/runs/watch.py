@@ -4,6 +4,7 @@ What it does about an alert is in watch.json of the run, read anew when it chang
 """
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -31,6 +32,7 @@ _NEVER_SAVE: Final = frozenset({"nan", "grad_nan"})
 """Weights that are not numbers must not push the last good checkpoint out."""
 _MAX_READ_BYTES: Final = 2**20
 _SPACE_SECONDS: Final = 10.0
+_CHECKPOINT: Final = re.compile(r"iter_(\d+)(?:\.pth)?$")
 _CHECKPOINT_FACTOR: Final = 1.1
 _LEAST_FREE_BYTES: Final = 2**30
 _LAST_WORD_SECONDS: Final = 15.0
@@ -82,10 +84,13 @@ class Watch:
         self._health.alerts = _earlier(run)
         self._offset = _size(run.metrics_file)
         self._looked = self._measured = 0.0
+        self._newest: tuple[Path | None, float, int] = (None, 0.0, 0)
+        """The newest checkpoint: where it lies, when it changed, its bytes."""
         self._written: Any = None
         self._rules, self._rules_at = WatchRules(), -1.0
         self._posts: list[threading.Thread] = []
         self._delivery: dict[str, Any] = dict(_NOTHING["webhook"])
+        self._counting = threading.Lock()
         self.cancel_reason: str | None = None
         """Kind of the alert for which the run must end at once, unsaved: its weights are no numbers any more."""
 
@@ -145,12 +150,22 @@ class Watch:
     def _look_at_space(self, now: float) -> None:
         """What is free, against the size of the newest checkpoint: the next one is written before the oldest is removed."""
         try:
-            sizes = [(file.stat().st_mtime, _tree_bytes(file)) for file in self._run.path.glob("iter_*")]
+            saved = [
+                (int(found[1]), path) for path in self._run.path.iterdir() if (found := _CHECKPOINT.match(path.name))
+            ]
+            if saved:
+                self._measure(max(saved)[1])
             free = shutil.disk_usage(self._run.path).free
         except OSError:
             return
-        needed = max(_LEAST_FREE_BYTES, round(_CHECKPOINT_FACTOR * max(sizes)[1]) if sizes else 0)
+        needed = max(_LEAST_FREE_BYTES, round(_CHECKPOINT_FACTOR * self._newest[2]) if saved else 0)
         self._health.see_space(free, needed, now)
+
+    def _measure(self, checkpoint: Path) -> None:
+        """Its size, added up once: it has many files with ZeRO, and on a network share each look at one asks the server."""
+        version = (checkpoint, checkpoint.stat().st_mtime)
+        if version != self._newest[:2]:
+            self._newest = (*version, _tree_bytes(checkpoint))
 
     def _stop_if_asked(self) -> None:
         for alert in self._health.open:
@@ -193,9 +208,11 @@ class Watch:
         try:
             self._send(url, event)
         except DanluError as error:
-            self._delivery = {**self._delivery, "failed": self._delivery["failed"] + 1, "reason": str(error)}
+            with self._counting:
+                self._delivery = {**self._delivery, "failed": self._delivery["failed"] + 1, "reason": str(error)}
         else:
-            self._delivery = {**self._delivery, "sent": self._delivery["sent"] + 1}
+            with self._counting:
+                self._delivery = {**self._delivery, "sent": self._delivery["sent"] + 1}
 
     def _read_rules(self) -> None:
         changed_at = _changed_at(self._run.watch_file)

@@ -5,8 +5,10 @@ started by torchrun; one alone needs none, and starts seconds sooner without.
 """
 
 import os
+import random
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,12 +26,21 @@ _MAX_THREADS: Final = 8
 """Threads a rank on a GPU gets at most: its CPU work is data loading."""
 
 
+_PORTS: Final = range(15_000, 32_000)
+"""Below those that Linux hands out by itself (net.ipv4.ip_local_port_range: 32768 and up)."""
+
+
 def free_port() -> int:
-    """A TCP port on the loopback address that nothing listens on now."""
+    """A TCP port that nothing listens on now, and that no connection takes by chance before it is used, seconds later."""
+    chance = random.SystemRandom()  # several starts may share a seed
+    for _ in range(200):
+        with socket.socket() as listener, suppress(OSError):
+            port = chance.choice(_PORTS)
+            listener.bind(("", port))
+            return port
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
 
 
 def training_argv(

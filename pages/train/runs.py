@@ -6,7 +6,7 @@ from core.runs.jobs import list_runs
 from core.runs.summary import RunSummary
 from pages.ui import shell
 from pages.ui.run_compare import compare_losses, compare_settings, downloads
-from pages.ui.run_data import summary_of
+from pages.ui.run_data import summaries_of
 from pages.ui.run_table import confirm_delete, edit_notes, filter_rows, run_table, trash
 from pages.ui.text import t
 
@@ -26,7 +26,7 @@ def act_on(selected: list[RunSummary], rows: list[RunSummary]) -> None:
 
 project = shell.require_project()
 shell.page_header("runs")
-every = [summary_of(run) for run in list_runs(project)]
+every = summaries_of(list_runs(project))
 if every:
     shown = filter_rows(every)
     chosen = run_table(shown) if shown else []

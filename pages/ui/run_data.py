@@ -1,5 +1,6 @@
 """Readers of run files that outlive a rerun: each rerun, and each browser tab, reads only what is new."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import streamlit as st
@@ -11,7 +12,8 @@ from core.models.inspect import inspect_model
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.machine import MachineReader, MachineSeries
 from core.runs.metrics import Metrics, MetricsReader, read_work_dir
-from core.runs.state import read_status
+from core.runs.pace import ask_all
+from core.runs.state import RunStatus, read_status
 from core.runs.summary import RunSummary, summarize
 from core.runs.utilisation import Shape, shape_of
 
@@ -31,18 +33,38 @@ def machine_series_of(run: RunDirectory) -> MachineSeries:
 def spec_of(run: RunDirectory) -> RunSpec | None:
     """What run.json says; None for a work dir made by hand, or where it cannot be read."""
     try:
-        return run.spec() if run.spec_file.exists() else None
+        found = run.spec_file.stat()
+    except OSError:
+        return None
+    return _spec(str(run.path), (found.st_ino, found.st_mtime_ns, found.st_size))
+
+
+@st.cache_resource(max_entries=500, show_spinner=False)
+def _spec(path: str, version: tuple[int, ...]) -> RunSpec | None:
+    """A run.json never changes; another one in its place is another version."""
+    del version
+    try:
+        return RunDirectory(Path(path)).spec()
     except DanluError:
         return None
 
 
-def summary_of(run: RunDirectory) -> RunSummary:
-    """The row of `run`; one that has ended is not read again until its files change."""
+def summaries_of(runs: Sequence[RunDirectory]) -> list[RunSummary]:
+    """The rows of `runs`; one that has ended is not read again until its files change."""
+    found = []
+    for run, (status, stamps) in zip(runs, ask_all(_standing, runs), strict=True):
+        is_active = status.phase.is_active
+        found.append(summarize(run, metrics_of(run), status) if is_active else _summary(str(run.path), stamps))
+    return found
+
+
+def _standing(run: RunDirectory) -> tuple[RunStatus, tuple[float, ...]]:
     status = read_status(run)
     if status.phase.is_active:
-        return summarize(run, metrics_of(run), status)
-    stamps = tuple(_changed_at(file) for file in (run.state_file, run.metrics_file, run.notes_file, run.spec_file))
-    return _summary(str(run.path), stamps)
+        return status, ()
+    return status, tuple(
+        _changed_at(file) for file in (run.state_file, run.metrics_file, run.notes_file, run.spec_file)
+    )
 
 
 def _changed_at(file: Path) -> float:

@@ -10,6 +10,7 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from torch import distributed
 
+from core.runs.pace import Pace
 from core.xtuner.runtime.checkpoint import WholeCheckpointHook
 
 _WINDOW_SECONDS: Final = 45.0
@@ -107,15 +108,17 @@ class StopHook(Hook):  # type: ignore[misc]
     """Sees stop.request on rank 0; every rank then saves and ends in the same step, with exit code 0.
 
     The end of an accumulation window is waited for if it is near, because no checkpoint holds half-gathered gradients.
+    On a disk that answers slowly it looks less often than at every step.
     """
 
     priority = "LOWEST"
 
-    def __init__(self, run: str, accumulation: int = 1) -> None:
+    def __init__(self, run: str, accumulation: int = 1, pace: Pace | None = None) -> None:
         # The second is the batch file's, near the time limit of a Slurm job.
         self._files = (Path(run) / "stop.request", Path(run) / "requeue.request")
         self._accumulation = accumulation
         self._seen_at: float | None = None
+        self._pace = pace or Pace()
 
     def before_train(self, runner: Any) -> None:
         """After every other hook's: the first step begins now."""
@@ -124,14 +127,22 @@ class StopHook(Hook):  # type: ignore[misc]
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Decide before the step, so that its loss carries the word to the other ranks."""
         del batch_idx, data_batch
-        if get_rank() != 0 or not any(file.exists() for file in self._files):
+        if get_rank() != 0:
             return
-        self._seen_at = self._seen_at or time.monotonic()
+        self._look()
+        if self._seen_at is None:
+            return
         # With several ranks the word is read one step after it was sent: send it one step before the window ends.
         heard_at = runner.iter + (1 if get_world_size() == 1 else 2)
         is_whole = heard_at % self._accumulation == 0
         if is_whole or time.monotonic() - self._seen_at > _WINDOW_SECONDS:
             find(runner, LiveHook).will_stop = True
+
+    def _look(self) -> None:
+        if self._seen_at is None and self._pace.is_due():
+            with self._pace.taken():
+                is_asked = any(file.exists() for file in self._files)
+            self._seen_at = time.monotonic() if is_asked else None
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         del batch_idx, data_batch, outputs

@@ -102,12 +102,20 @@ def tidy(folder: Path, needed: Collection[str]) -> None:
     """Drop what is too much but for the `needed`, and what a killed process has left half written."""
     now = time.time()
     for path in folder.glob(".*.partial"):
-        if now - path.stat().st_mtime > _ABANDONED_SECONDS:
+        if now - _used_at(path, now) > _ABANDONED_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
     kept = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for old in sorted(kept, key=lambda path: path.stat().st_mtime)[:-_KEPT]:
+    for old in sorted(kept, key=lambda path: _used_at(path, now))[:-_KEPT]:
         if old.name not in needed:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _used_at(path: Path, now: float) -> float:
+    """`now` for what is not there any more: another run tidies too."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return now
 
 
 def _packed(dataset: Any) -> Iterator[Any]:

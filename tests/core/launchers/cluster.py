@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.e2e.conftest import free_port
+from core.xtuner.command import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd")
 _CONFIG = """
@@ -54,7 +54,10 @@ def running(folder: Path) -> Iterator[Path]:
     folder.chmod(0o755)
     (folder / "state").mkdir()
     config = folder / "slurm.conf"
-    ports = {name: free_port() for name in ("controller_port", "first_port", "second_port")}
+    chosen: set[int] = set()
+    while len(chosen) < 3:
+        chosen.add(free_port())
+    ports = dict(zip(("controller_port", "first_port", "second_port"), chosen, strict=True))
     config.write_text(_CONFIG.format(folder=folder, host=socket.gethostname().split(".")[0], **ports), encoding="utf-8")
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
@@ -72,25 +75,34 @@ def running(folder: Path) -> Iterator[Path]:
         for command in commands:
             with open(folder / f"{command[0]}.out", "ab") as out:
                 processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
-            time.sleep(0.3)
+            _wait_until_it_listens(folder, command[0])
         _wait_until_idle(folder, environment)
         yield config
     finally:
-        subprocess.run(["scancel", "--user=root"], env=environment, timeout=10, check=False, capture_output=True)
+        subprocess.run(["scancel", "--user=root"], env=environment, timeout=240, check=False, capture_output=True)
         for process in reversed(processes):
             process.terminate()
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
+
+
+def _wait_until_it_listens(folder: Path, program: str) -> None:
+    """The others ask munged for their keys; they themselves wait for one another."""
+    deadline = time.monotonic() + 240
+    while program == "munged" and not (folder / "munge.socket").exists():
+        assert time.monotonic() < deadline, (folder / "munged.out").read_text(errors="replace")
+        time.sleep(0.05)
 
 
 def _wait_until_idle(folder: Path, environment: dict[str, str]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     shown = ""
     while time.monotonic() < deadline:
         done = subprocess.run(
-            ["sinfo", "-h", "-o", "%t %D"], env=environment, capture_output=True, text=True, timeout=20, check=False
+            ["sinfo", "-h", "-o", "%t %D"], env=environment, capture_output=True, text=True, timeout=240, check=False
         )
         shown = done.stdout + done.stderr
         if shown.split() == ["idle", "2"]:

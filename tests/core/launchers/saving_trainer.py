@@ -1,6 +1,7 @@
 """A trainer of the standard library for cluster tests: saves when it is asked to, goes on from what it saved.
 
-`python saving_trainer.py RUN_DIR STEPS STEP_SECONDS`. A checkpoint is a copy of RUN_DIR/template.pth, renamed when it is whole.
+`python saving_trainer.py RUN_DIR STEPS STEP_SECONDS HOLD_AT`: started for the first time, it does not go beyond step HOLD_AT (0: none)
+before it is asked to save. A checkpoint is a copy of RUN_DIR/template.pth, renamed when it is whole.
 """
 
 import json
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 
-def main(folder: Path, steps: int, step_seconds: float) -> int:
+def main(folder: Path, steps: int, step_seconds: float, hold_at: int) -> int:
     resumed = os.environ.get("DANLU_RESUME", "")
     first = int(Path(resumed).stem.removeprefix("iter_")) + 1 if resumed else 1
     is_writer = os.environ.get("SLURM_NODEID", "0") == "0"
@@ -20,13 +21,19 @@ def main(folder: Path, steps: int, step_seconds: float) -> int:
         time.sleep(step_seconds)
         if is_writer:
             write_line(folder, iteration, steps)
-        if any((folder / name).exists() for name in ("stop.request", "requeue.request")):
+        while iteration == hold_at and not resumed and not is_asked(folder):
+            time.sleep(step_seconds)
+        if is_asked(folder):
             if is_writer:
                 save(folder, iteration)
             return 0
     if is_writer:
         save(folder, steps)
     return 0
+
+
+def is_asked(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("stop.request", "requeue.request"))
 
 
 def save(folder: Path, iteration: int) -> None:
@@ -42,4 +49,4 @@ def write_line(folder: Path, iteration: int, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])))
