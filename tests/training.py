@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from core.config.validation import set_validation
 from core.models.remote_code import allow
 from core.project import Project, open_project
 from core.runs.directory import RunDirectory
+from core.runs.request import TrainRequest
 from core.runs.state import RunStatus, read_status
-from core.runs.train import TrainRequest, start_training
+from core.runs.train import start_training
 from core.runs.validation import read_validation
 
 ROWS = 22
@@ -90,21 +91,29 @@ class Trained:
         return read_lines(self.run.samples_file)
 
 
-def train(project: Project, request: TrainRequest, *, stop_at: int | None = None, seconds: float = 200.0) -> Trained:
-    """Start a run as the app does and wait for its end; with `stop_at`, ask it to stop when that iteration is written."""
+def train(project: Project, request: TrainRequest, *, stop_at: int | None = None, seconds: float = 1200.0) -> Trained:
+    """Start a run as the app does and wait for its end; with `stop_at`, it is asked to stop when so many iterations are done."""
+    if stop_at is not None:
+        request = replace(request, config=stopping_config(request.config, stop_at))
     run = start_training(project, request)
     deadline = time.monotonic() + seconds
     while True:
         status = read_status(run)
         if not status.phase.is_active and status.ended_at is not None:
             return Trained(run, status, read_lines(run.metrics_file))
-        if stop_at is not None and any(line["iteration"] >= stop_at for line in read_lines(run.metrics_file)):
-            run.stop_file.write_text(json.dumps({"mode": "save", "at": time.time()}), encoding="utf-8")
-            stop_at = None
         if time.monotonic() > deadline:
             run.stop_file.write_text(json.dumps({"mode": "cancel", "at": time.time()}), encoding="utf-8")
             raise TimeoutError(run.log_file.read_text(encoding="utf-8", errors="replace")[-4000:])
         time.sleep(0.2)
+
+
+def stopping_config(config: Path, after: int) -> Path:
+    """A copy of `config` beside it that asks for a stop when `after` iterations are done, however fast they are."""
+    text = config.read_text(encoding="utf-8")
+    copy = config.with_name(f"{config.stem}_stops.py")
+    hook = f"from tests.stopping import AskToStop\ncustom_hooks.append(dict(type=AskToStop, after={after}))\n"
+    copy.write_text(f"{text}\n{hook}", encoding="utf-8")
+    return copy
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

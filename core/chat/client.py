@@ -2,9 +2,11 @@
 
 import http.client
 import json
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -88,18 +90,16 @@ class Reply:
     reason: str | None = None
     """stop, length, cancelled; None while it streams."""
     usage: dict[str, Any] = field(default_factory=dict)
-    _connection: http.client.HTTPConnection | None = None
+    _socket: socket.socket | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
         """Hang up: the worker stops at once. Safe from any thread and at any time."""
         self._cancelled.set()
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
-            try:
-                connection.sock.shutdown(2)
-            except OSError:
-                return
+        held = self._socket
+        if held is not None:
+            with suppress(OSError):
+                held.shutdown(socket.SHUT_RDWR)
 
 
 def start_worker(
@@ -204,11 +204,14 @@ def stream_chat(
     `chat.refused`, `chat.cut_off` if the server ends in the middle, or the worker's own DanluError.
     """
     connection, path = _connect(endpoint, _TIMEOUT_SECONDS)
-    reply._connection = connection
     body = {"model": endpoint.model, "messages": list(messages), "stream": True, **settings}
     body["stream_options"] = {"include_usage": True}
     try:
         connection.request("POST", f"{path}/v1/chat/completions", json.dumps(body).encode(), _headers(endpoint))
+        # Kept here: the connection lets go of it as soon as it hears that the server will close it.
+        reply._socket = connection.sock
+        if reply._cancelled.is_set():
+            return
         response = connection.getresponse()
         if response.status != http.client.OK:
             _require_ok(response.status, response.read(), endpoint)

@@ -8,6 +8,7 @@ import pynvml
 import pytest
 
 from core import gpu
+from core.launchers.local import list_gpus
 from core.runs.gpu_sensors import GpuSensors
 
 
@@ -107,6 +108,8 @@ class FakeNvml:
         return value
 
 
+NEEDED = ("nvmlDeviceGetUUID", "nvmlDeviceGetMemoryInfo")
+"""Without these nothing can be started on a card."""
 FUNCTIONS = sorted(name for name in vars(FakeNvml) if name.startswith("nvmlDevice"))
 
 
@@ -116,6 +119,7 @@ def test_sixteen_cards_are_sixteen() -> None:
     assert found[15].throttle_reasons == ("power_cap", "thermal")
     assert (found[15].power_watts, found[15].process_ids) == (300.0, (1, 2))
     assert [reading["index"] for reading in GpuSensors(FakeNvml(16)).read()] == list(range(16))
+    assert [card.uuid for card in list_gpus(FakeNvml(16))] == [f"GPU-{number}" for number in range(16)]
 
 
 def test_slices_stand_in_for_a_card_that_is_cut() -> None:
@@ -126,12 +130,16 @@ def test_slices_stand_in_for_a_card_that_is_cut() -> None:
     readings = GpuSensors(FakeNvml(3, mig=(1,))).read()
     assert [reading["uuid"] for reading in readings] == names
     assert [reading["memory_total_bytes"] for reading in readings] == [80, 10, 10, 80]
+    assert [(card.uuid, card.memory_bytes) for card in list_gpus(FakeNvml(3, mig=(1,)))] == list(
+        zip(names, [80, 10, 10, 80], strict=True)
+    ), "a run is offered the slices, not the card"
 
 
 def test_a_card_that_fell_off_the_bus_takes_no_other_with_it() -> None:
     nvml = FakeNvml(3, lost=(1,))
     assert [card.uuid for card in gpu.devices(nvml)] == ["GPU-0", "GPU-2"]
     assert [reading["uuid"] for reading in GpuSensors(nvml).read()] == ["GPU-0", "GPU-2"]
+    assert [card.uuid for card in list_gpus(nvml)] == ["GPU-0", "GPU-2"]
 
 
 def test_a_card_may_be_lost_while_it_is_watched() -> None:
@@ -146,6 +154,8 @@ def test_a_card_may_be_lost_while_it_is_watched() -> None:
 def test_a_sensor_that_fails_is_unknown_and_nothing_more(function: str) -> None:
     for cards in (FakeNvml(2, failing=function), FakeNvml(2, mig=(0,), failing=function)):
         found, readings = gpu.devices(cards), GpuSensors(cards).read()
+        known = list_gpus(cards)
+        assert len(known) == (0 if function in NEEDED else len(found))
         if function in ("nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"):
             assert (found, readings) == ((), [])
         else:
@@ -154,6 +164,7 @@ def test_a_sensor_that_fails_is_unknown_and_nothing_more(function: str) -> None:
 
 def test_without_a_driver_or_its_binding_there_are_no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.devices(FakeNvml(failing="nvmlInit")) == ()
+    assert list_gpus(FakeNvml(failing="nvmlInit")) == []
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     assert gpu.devices() == ()
     assert GpuSensors().read() == []

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,11 +14,14 @@ from pathlib import Path
 from urllib.error import URLError
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, WebSocket, expect, sync_playwright
+from streamlit.proto.BackMsg_pb2 import BackMsg
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
 from core.runs.control import request_stop
 from core.runs.directory import RunDirectory
 from core.runs.state import read_status
+from core.xtuner.command import free_port
 from pages.ui.shell import PAGES
 
 ROOT = Path(__file__).parents[2]
@@ -33,16 +35,15 @@ CHROMIUM_ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-_UNTIL_A_RUN_BEGINS_MILLISECONDS = 250
-"""After a click the page does not know yet that the server will run the script."""
-
+PATIENCE_MILLISECONDS = 600_000
+"""For what hangs, not for what is slow."""
+_UNTIL_IT_IS_SENT_MILLISECONDS = 300
+"""Of the page's own clock: sliders and tables keep what was done for up to 200 before they send it."""
+_UNTIL_IT_IS_DRAWN_MILLISECONDS = 50
 _UNTIL_CHARTS_ARE_DRAWN_MILLISECONDS = 700
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+expect.set_options(timeout=PATIENCE_MILLISECONDS)
 
 
 @dataclass
@@ -69,10 +70,10 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + PATIENCE_MILLISECONDS / 1000
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                with urllib.request.urlopen(f"{self.url}/_stcore/health", timeout=1):
+                with urllib.request.urlopen(f"{self.url}/_stcore/health", timeout=10):
                     return
             except (URLError, OSError):
                 time.sleep(0.2)
@@ -87,18 +88,56 @@ class Server:
 
 
 @dataclass
+class Traffic:
+    """What a page and its server say to each other: whether the page has asked for a run of the script that has not ended."""
+
+    page: Page
+    is_waiting: bool = False
+    _fragment: str = ""
+    """What is to run of the script; empty: all of it."""
+    _run: str = ""
+    """Identity of the run that was asked for, once it has begun."""
+
+    def __post_init__(self) -> None:
+        self.page.on("websocket", self._listen)
+
+    def _listen(self, socket: WebSocket) -> None:
+        self.is_waiting = False  # what an earlier connection was asked is forgotten
+        socket.on("framesent", self._sent)
+        socket.on("framereceived", self._received)
+
+    def _sent(self, frame: bytes | str) -> None:
+        message = BackMsg.FromString(frame) if isinstance(frame, bytes) else BackMsg()
+        if message.WhichOneof("type") == "rerun_script" and not message.rerun_script.is_auto_rerun:
+            self.is_waiting, self._fragment, self._run = True, message.rerun_script.fragment_id, ""
+
+    def _received(self, frame: bytes | str) -> None:
+        message = ForwardMsg.FromString(frame) if isinstance(frame, bytes) else ForwardMsg()
+        kind, run = message.WhichOneof("type"), message.metadata.run
+        if kind == "new_session" and (not run.fragment_ids or self._fragment in run.fragment_ids):
+            self._run = run.script_run_id
+        elif kind == "script_finished" and run.script_run_id == self._run:
+            self.is_waiting &= message.script_finished == ForwardMsg.FINISHED_EARLY_FOR_RERUN
+
+
+@dataclass
 class Screen:
     """One browser tab, spoken to by the keys of the widgets."""
 
     page: Page
     server: Server
     _shots: int = 0
+    _traffic: Traffic = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.page.set_default_timeout(PATIENCE_MILLISECONDS)
+        self._traffic = Traffic(self.page)
 
     def open(self, name: str = "", **query: str) -> None:
         """Open a page by its name in the URL, as a deep link."""
         arguments = "&".join(f"{key}={value}" for key, value in query.items())
         self.page.goto(f"{self.server.url}/{name}?{arguments}")
-        expect(self.page.locator('section[data-testid="stSidebar"] a').first).to_be_visible(timeout=60_000)
+        expect(self.page.locator('section[data-testid="stSidebar"] a').first).to_be_visible()
         self.settle()
 
     def go(self, name: str) -> None:
@@ -111,18 +150,25 @@ class Screen:
 
     def settle(self) -> None:
         """Wait until the script run has ended, and see that no traceback is on the screen."""
-        self.page.wait_for_timeout(_UNTIL_A_RUN_BEGINS_MILLISECONDS)
-        expect(self.page.get_by_test_id("stApp")).to_have_attribute(
-            "data-test-script-state", "notRunning", timeout=60_000
-        )
+        self._pause(_UNTIL_IT_IS_SENT_MILLISECONDS)
+        deadline = time.monotonic() + PATIENCE_MILLISECONDS / 1000
+        while self._traffic.is_waiting:
+            assert time.monotonic() < deadline, self.text()
+            self.page.wait_for_timeout(20)
+        self._pause(_UNTIL_IT_IS_DRAWN_MILLISECONDS)
+        expect(self.page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
         assert self.page.get_by_test_id("stException").count() == 0, self.text()
         assert self.page.get_by_text("Page not found").count() == 0, self.page.url
+
+    def _pause(self, milliseconds: int) -> None:
+        """By the page's clock, which stands still while the page has no time for us."""
+        self.page.evaluate("milliseconds => new Promise(done => setTimeout(done, milliseconds))", milliseconds)
 
     def calm(self) -> None:
         """Wait until charts are drawn and notices are gone, and take the pointer off the page: for a picture."""
         self.settle()
         self.page.mouse.move(1279, 719)
-        expect(self.page.get_by_test_id("stToast")).to_have_count(0, timeout=15_000)
+        expect(self.page.get_by_test_id("stToast")).to_have_count(0)
         self.page.wait_for_timeout(_UNTIL_CHARTS_ARE_DRAWN_MILLISECONDS)
 
     def key(self, key: str):  # type: ignore[no-untyped-def]
@@ -177,12 +223,12 @@ class Screen:
         box.fill(text)
         box.press("Enter")
 
-    def see(self, text: str | re.Pattern[str], *, or_text: str | None = None, seconds: float = 30) -> None:
+    def see(self, text: str | re.Pattern[str], *, or_text: str | None = None) -> None:
         """Wait until this text, or the other, can be seen."""
         wanted = self.page.get_by_text(text)
         if or_text is not None:
             wanted = wanted.or_(self.page.get_by_text(or_text))
-        expect(wanted.locator("visible=true").first).to_be_visible(timeout=seconds * 1000)
+        expect(wanted.locator("visible=true").first).to_be_visible()
 
     def text(self) -> str:
         return self.page.locator("body").inner_text()
@@ -201,7 +247,7 @@ def end_runs(home: Path) -> None:
     active = [run for run in runs if read_status(run).phase.is_active]
     for run in active:
         request_stop(run, "cancel")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while any(read_status(run).phase.is_active for run in active) and time.monotonic() < deadline:
         time.sleep(0.2)
 
@@ -217,7 +263,9 @@ def chromium() -> str:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM_ARGUMENTS)
+        yield playwright.chromium.launch(
+            executable_path=chromium(), args=CHROMIUM_ARGUMENTS, timeout=PATIENCE_MILLISECONDS
+        )
 
 
 @pytest.fixture

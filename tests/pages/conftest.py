@@ -46,7 +46,7 @@ def visit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Visit:
     def open_page(project: Project | None, page: str, language: str = "en") -> AppTest:
         # AppTest calls format functions outside of the session, where only the browser's language is known.
         monkeypatch.setattr(text, "guess_language", lambda _locale: language)
-        app = AppTest.from_file(APP, default_timeout=60)
+        app = AppTest.from_file(APP, default_timeout=240)
         app.session_state["language"] = language
         if project is not None:
             app.session_state["project_root"] = str(project.root)

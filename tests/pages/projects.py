@@ -17,8 +17,9 @@ from core.project import Project, open_project
 from core.runs.directory import RunDirectory
 from core.runs.job import SilentProgress
 from core.runs.launch import launch, now_utc
+from core.runs.request import TrainRequest
 from core.runs.state import Phase, read_status
-from core.runs.train import TrainRequest, plan
+from core.runs.train import plan
 from tests.models import HIDDEN, write_tiny_qwen2
 from tests.training import make_project
 
@@ -81,7 +82,7 @@ def _run(project: Project, config: Path, name: str, *arguments: str) -> RunDirec
     run = RunDirectory(project.train / spec.id)
     write_text(run.source / config.name, config.read_text(encoding="utf-8"))
     launch(project.train, replace(spec, argv=[sys.executable, str(ECHO_TRAINER), str(run.path), *arguments]))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while read_status(run).phase not in (Phase.FINISHED, Phase.FAILED):
         assert time.monotonic() < deadline, read_status(run)
         time.sleep(0.05)

@@ -7,9 +7,9 @@ from core.access import audit
 from core.archive.pack import KIND, exports_folder
 from core.archive.unpack import KIND as IMPORT
 from core.project import create_project
-from core.runs.control import has_stopped
 from core.runs.jobs import latest_job
 from tests.pages.conftest import Visit
+from tests.waiting import has_stopped
 
 
 def test_out_and_in_again(visit: Visit, tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_out_and_in_again(visit: Visit, tmp_path: Path) -> None:
     page.button(key="archive_export").click().run()
     job = latest_job(project, (KIND,))
     assert job is not None
-    assert has_stopped(job, 60)
+    assert has_stopped(job, 240)
     (archive,) = exports_folder(project).glob("*.danlu.zip")
     page.text_input(key="archive_path").set_value(str(archive))
     page.button(key="archive_look").click().run()
@@ -34,7 +34,7 @@ def test_out_and_in_again(visit: Visit, tmp_path: Path) -> None:
     assert not page.error
     job = latest_job(project, (IMPORT,))
     assert job is not None
-    assert has_stopped(job, 60)
+    assert has_stopped(job, 240)
     home = settings.load().home
     assert (home / "back" / "config" / "mine.py").is_file()
     assert [entry.action for entry in audit.read(home)] == ["import", "export"]

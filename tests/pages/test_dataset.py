@@ -24,7 +24,7 @@ def project(tmp_path: Path) -> Project:
 
 def show(project: Project, monkeypatch: pytest.MonkeyPatch, language: str = "en") -> AppTest:
     monkeypatch.setattr("streamlit.page_link", lambda *_args, **_options: None)
-    app = AppTest.from_file(SCRIPT, default_timeout=30)
+    app = AppTest.from_file(SCRIPT, default_timeout=240)
     app.session_state["project_root"] = str(project.root)
     app.session_state["language"] = language
     return app.run()

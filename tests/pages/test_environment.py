@@ -28,7 +28,7 @@ def project(tmp_path: Path) -> Project:
 
 
 def show(project: Project, language: str = "en") -> AppTest:
-    app = AppTest.from_file(SCRIPT, default_timeout=30)
+    app = AppTest.from_file(SCRIPT, default_timeout=240)
     app.session_state["project_root"] = str(project.root)
     app.session_state["language"] = language
     return app.run()
@@ -80,7 +80,7 @@ def test_environment_made_from_the_page_is_offered_and_used(
     (folder / venv_cache.MARK).write_text("{}", encoding="ascii")
     app = show(project)
     app.button(key="environment_create").click().run()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while active_jobs(project):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -36,14 +36,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
 
 
 def show(project: Project, language: str = "en") -> AppTest:
-    app = AppTest.from_file(SCRIPT, default_timeout=30)
+    app = AppTest.from_file(SCRIPT, default_timeout=240)
     app.session_state["project_root"] = str(project.root)
     app.session_state["language"] = language
     return app.run()
 
 
 def wait_for_jobs(project: Project) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while active_jobs(project):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
+from core.errors import ConflictError
 from core.files import write_json
 from core.project import Project, create_project
-from core.runs.control import has_stopped, request_stop
+from core.runs.control import request_stop
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.launch import launch, now_utc
 from core.runs.notes import Notes, read_notes, write_notes
 from core.runs.state import Phase, read_status
 from core.runs.watch import project_rules_file, read_rules
+from tests.waiting import has_stopped
 
 ROOT = Path(__file__).parents[2]
 VIEWS = ("curves", "hardware", "samples", "log", "alerts", "details")
@@ -31,9 +34,9 @@ def project(tmp_path: Path) -> Iterator[Project]:
     yield made
     for spec in made.train.glob("*/run.json"):
         run = RunDirectory(spec.parent)
-        if read_status(run).phase.is_active:
+        with suppress(ConflictError):  # it may end by itself, the one that waited for another too
             request_stop(run, "cancel")
-            assert has_stopped(run, 20)
+        assert has_stopped(run, 240)
 
 
 def write_history(run: RunDirectory, steps: int, gpus: int) -> None:
@@ -71,7 +74,7 @@ def save_checkpoint(run: RunDirectory, iteration: int) -> None:
 
 
 def wait_for(run: RunDirectory, *phases: Phase) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 240
     while read_status(run).phase not in phases:
         assert time.monotonic() < deadline, read_status(run)
         time.sleep(0.05)
@@ -80,7 +83,7 @@ def wait_for(run: RunDirectory, *phases: Phase) -> None:
 def show(project: Project, page: str, monkeypatch: pytest.MonkeyPatch, language: str = "en", **state: Any) -> AppTest:
     monkeypatch.setattr("streamlit.page_link", lambda *_args, **_options: None)
     monkeypatch.setattr("streamlit.delta_generator.DeltaGenerator.page_link", lambda *_args, **_options: None)
-    app = AppTest.from_file(str(ROOT / f"pages/train/{page}.py"), default_timeout=30)
+    app = AppTest.from_file(str(ROOT / f"pages/train/{page}.py"), default_timeout=240)
     app.session_state["project_root"] = str(project.root)
     app.session_state["language"] = language
     for key, value in state.items():
@@ -98,7 +101,7 @@ def texts(app: AppTest) -> str:
 @pytest.mark.parametrize("language", ["zh", "en"])
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_every_view_of_a_live_run(project: Project, monkeypatch: pytest.MonkeyPatch, language: str, gpus: int) -> None:
-    run = start(project, "live", "import time; time.sleep(60)", gpus=gpus)
+    run = start(project, "live", "import time; time.sleep(86400)", gpus=gpus)
     save_checkpoint(run, 10)
     alert = {"kind": "spike", "level": "warning", "subject": "", "since": time.time(), "iteration": 9, "until": None}
     write_json(
@@ -116,7 +119,7 @@ def test_every_view_of_a_live_run(project: Project, monkeypatch: pytest.MonkeyPa
 
 
 def test_waiting_run_says_for_whom(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    start(project, "first", "import time; time.sleep(60)")
+    start(project, "first", "import time; time.sleep(86400)")
     second = start(project, "second", "pass", steps=0)
     assert read_status(second).phase is Phase.QUEUED
     app = show(project, "monitor", monkeypatch, monitor_run="second")
@@ -178,7 +181,7 @@ def test_stopped_by_an_alert_is_said(project: Project, monkeypatch: pytest.Monke
 
 
 def test_alert_settings_are_written_for_run_and_project(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = start(project, "one", "import time; time.sleep(60)")
+    run = start(project, "one", "import time; time.sleep(86400)")
     app = show(project, "monitor", monkeypatch, monitor_view="alerts")
     app.text_input(key="monitor_webhook_one").input("no address").run()
     app.button(key="monitor_apply_rules").click().run()

@@ -21,7 +21,7 @@ st.json(notices(run, status))
 
 
 def told(run: Path, phase: str, language: str) -> list[dict[str, str]]:
-    app = AppTest.from_string(SCRIPT.format(run=str(run), phase=phase), default_timeout=30)
+    app = AppTest.from_string(SCRIPT.format(run=str(run), phase=phase), default_timeout=240)
     app.session_state["language"] = language
     app.run()
     assert not app.exception

@@ -11,10 +11,11 @@ from core.config.source import ConfigSource
 from core.files import write_json
 from core.messages import message
 from core.project import Project
+from core.runs.request import TrainRequest
 from core.runs.saving import SAVING_FILE
 from core.runs.speed_table import Measured, card_name, key_of, remember, setting_of
 from core.runs.startup import STARTUP_FILE
-from core.runs.train import TrainRequest, plan
+from core.runs.train import plan
 from core.xtuner.runtime.speed import parts
 from tests.models import write_tiny_qwen2
 from tests.training import make_project
@@ -50,7 +51,7 @@ def write_measured(project: Project, folder: Path) -> None:
 
 def show(project: Project, language: str, monkeypatch: pytest.MonkeyPatch) -> AppTest:
     monkeypatch.setattr("streamlit.page_link", lambda *_args, **_options: None)
-    app = AppTest.from_file(SCRIPT, default_timeout=30)
+    app = AppTest.from_file(SCRIPT, default_timeout=240)
     app.session_state["project_root"] = str(project.root)
     app.session_state["language"] = language
     app.run()

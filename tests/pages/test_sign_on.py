@@ -239,7 +239,7 @@ class Browser:
     def _ask(self, port: int, path: str, headers: dict[str, str]) -> "Reply":
         if port == self.port and self.cookies:
             headers["Cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
-        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=240)) as connection:
             connection.request("GET", path, headers=headers)
             with connection.getresponse() as answer:
                 if port == self.port:
@@ -317,7 +317,7 @@ def test_a_server_without_its_setup_ends_in_words(tmp_path: Path) -> None:
     environ["STREAMLIT_SECRETS_FILES"] = str(tmp_path / "none.toml")
     done = subprocess.run(
         [sys.executable, "-c", "from pages.ui import door; door.policy()"], cwd=ROOT, env=environ, capture_output=True,
-        text=True, timeout=120, check=False,
+        text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "Single sign-on" in done.stderr

@@ -13,7 +13,7 @@ from core.runs.directory import RunDirectory
 from tests.models import write_tiny_internlm2
 
 
-def wait_for(run: RunDirectory, seconds: float = 60.0) -> Worker:
+def wait_for(run: RunDirectory, seconds: float = 600.0) -> Worker:
     """The worker of `run` once it serves or has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -36,7 +36,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     assert started.served, (run.path / "train.log").read_text()
     yield started
     stop_worker(run)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 240
     while read_worker(run).status.phase.is_active:
         assert time.monotonic() < deadline
         time.sleep(0.05)

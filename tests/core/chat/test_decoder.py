@@ -264,7 +264,7 @@ def test_an_answer_on_a_runner_that_runs_ahead_ends_where_it_should(tmp_path: Pa
 
         answer = Answer(tokens, Sampling(temperature=0.0, max_tokens=longest), stop, out.append, on_end)
         engine.submit(answer)
-        assert ended.wait(20)
+        assert ended.wait(600)
         return out, reasons[0], answer
 
     try:
@@ -277,6 +277,34 @@ def test_an_answer_on_a_runner_that_runs_ahead_ends_where_it_should(tmp_path: Pa
         assert answer.cached_tokens >= len(prompt()) + 4
     finally:
         engine.close()
+
+
+def test_a_cancelled_answer_gets_no_further_token(tmp_path: Path) -> None:
+    import threading
+
+    from core.chat.generation import Answer, Engine
+    from core.chat.runners import DecoderRunner
+    from core.chat.sampling import Sampling
+
+    engine = Engine(DecoderRunner(make_decoder(write_tiny_llama(tmp_path / "llama")), 1, 128, has_adapter=False))
+    out, reasons, ended = list[int](), list[str](), threading.Event()
+
+    def on_token(token: int) -> None:
+        out.append(token)
+        if len(out) == 5:
+            answer.cancel()
+
+    def on_end(reason: str) -> None:
+        reasons.append(reason)
+        ended.set()
+
+    answer = Answer(prompt(), Sampling(temperature=0.0, max_tokens=60, ignore_eos=True), frozenset(), on_token, on_end)
+    try:
+        engine.submit(answer)
+        assert ended.wait(600)
+    finally:
+        engine.close()
+    assert (len(out), reasons) == (5, ["cancelled"])
 
 
 @pytest.mark.parametrize("held", ["bfloat16", "float32"])

@@ -43,7 +43,7 @@ def run_interpreted(folder: Path, adapter: Path | None = None) -> str:
     arguments = [str(folder), *([str(adapter)] if adapter else [])]
     done = subprocess.run(
         [sys.executable, "-m", "tests.core.chat.test_kernels", *arguments],
-        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=200, check=False,
+        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     return done.stdout[-3000:] + done.stderr[-3000:]
 

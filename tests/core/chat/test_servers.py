@@ -2,12 +2,15 @@
 
 import json
 import stat
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from core.chat.client import Endpoint, list_models
+from core.chat.client import Endpoint, Reply, list_models, stream_chat
 from core.chat.servers import find_servers, installed_engines, start_server
 from core.errors import InputError, JobError, MachineError
 from core.models.remote_code import allow
@@ -68,7 +71,7 @@ def test_an_installed_one_serves_the_model(project: Project, tmp_path: Path, mon
     allow(project, folder)
     run, endpoint = start_server(project, "vllm", folder, "my model")
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 240
         while True:
             try:
                 assert list_models(endpoint) == ["my model", "True"]
@@ -77,17 +80,46 @@ def test_an_installed_one_serves_the_model(project: Project, tmp_path: Path, mon
                 assert time.monotonic() < deadline, run.log_file.read_text()
                 time.sleep(0.1)
         with pytest.raises(JobError, match="refused"):
-            list_models(Endpoint(endpoint.url, "guessed"))
+            list_models(Endpoint(endpoint.url, "guessed"), 240.0)
         assert stat.S_IMODE((run.path / "api_key").stat().st_mode) == 0o600
         assert endpoint.key not in run.spec_file.read_text()
         assert [server.endpoint for server in find_servers(project)] == [endpoint]
     finally:
         request_stop(run, "cancel")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 240
         while read_status(run).phase.is_active and time.monotonic() < deadline:
             time.sleep(0.1)
     assert not read_status(run).phase.is_active
     assert find_servers(project) == []
+
+
+def test_a_server_that_falls_silent_can_be_left() -> None:
+    """It speaks HTTP/1.0, where the end of the connection is the end of the answer, and does not end it."""
+    go = threading.Event()
+
+    class Silent(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'data: {"choices": [{"delta": {"content": "one"}}]}\n\n')
+            go.wait()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server, ThreadPoolExecutor(1) as pool:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        reply = Reply()
+        endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}")
+        stream = stream_chat(endpoint, [{"role": "user", "content": "hi"}], {}, reply)
+        assert next(stream) == "one"
+        rest = pool.submit(list, stream)
+        reply.cancel()
+        assert rest.result(240) == []
+        go.set()
+        server.shutdown()
+    assert (reply.text, reply.reason) == ("one", "cancelled")
 
 
 @pytest.mark.parametrize(("source", "is_told"), [("ArgumentHelper.trust_remote_code(parser)", True), ("", False)])
@@ -104,7 +136,7 @@ def test_an_lmdeploy_that_knows_no_trust_is_not_told_to_trust(
     folder = project.final_model / "tuned {x}"
     (folder / "config.json").write_text('{"auto_map": {"AutoModel": "own.Model"}}')
     run, endpoint = start_server(project, "lmdeploy", folder, "mine")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 240
     while read_status(run).phase.is_active:
         assert time.monotonic() < deadline
         time.sleep(0.05)

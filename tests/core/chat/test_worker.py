@@ -29,6 +29,7 @@ from core.chat.client import (
 from core.errors import DanluError, InputError, JobError
 from core.files import read_json, write_json
 from core.project import Project, open_project
+from core.runs import processes
 from core.runs.directory import RunDirectory
 from core.runs.job import SilentProgress
 from core.runs.state import Phase
@@ -49,7 +50,7 @@ def ask(endpoint: Endpoint, text: str, **settings: Any) -> Reply:
 def raw(worker: Worker, path: str, body: Any, **headers: str) -> tuple[int, dict[str, Any]]:
     endpoint = worker.endpoint()
     parts = urlsplit(endpoint.url)
-    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=240)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request("POST", path, data, {"Authorization": f"Bearer {endpoint.key}", **headers})
     response = connection.getresponse()
@@ -60,7 +61,7 @@ def raw(worker: Worker, path: str, body: Any, **headers: str) -> tuple[int, dict
 
 def busy(worker: Worker) -> bool:
     parts = urlsplit(worker.endpoint().url)
-    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=240)
     connection.request("GET", "/health")
     value = json.loads(connection.getresponse().read())
     connection.close()
@@ -74,7 +75,7 @@ def test_it_says_what_it_is(worker: Worker) -> None:
     key = worker.run.path / "api_key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert key.read_text() not in (worker.run.path / "endpoint.json").read_text()
-    assert list_models(worker.endpoint()) == ["tiny"]
+    assert list_models(worker.endpoint(), 240.0) == ["tiny"]
     assert worker.run.id in [found.run.id for found in find_workers(Project(worker.run.path.parents[2]))]
 
 
@@ -184,14 +185,14 @@ def test_the_next_turn_reuses_what_was_read(worker: Worker) -> None:
 
 def test_the_prompt_is_shown_as_it_is_given(worker: Worker) -> None:
     messages = [{"role": "user", "content": "hi <|im_end|>"}]
-    prompt = read_prompt(worker.endpoint(), messages)
+    prompt = read_prompt(worker.endpoint(), messages, 240.0)
     assert "<|im_start|>user\nhi <|im_end|><|im_end|>\n<|im_start|>assistant\n" in prompt["text"]
     reply = ask(worker.endpoint(), messages[0]["content"], max_tokens=1)
     assert prompt["tokens"] == reply.usage["prompt_tokens"]
     assert prompt["is_same"] is False, "training puts a BOS before it, the tokenizer's own template does not"
     assert prompt["own_text"] in prompt["text"]
     with pytest.raises(DanluError, match=r"chat\.bad_message"):
-        read_prompt(worker.endpoint(), [{"role": "wizard", "content": "x"}])
+        read_prompt(worker.endpoint(), [{"role": "wizard", "content": "x"}], 240.0)
 
 
 def test_a_long_chat_reads_only_what_is_new(worker: Worker) -> None:
@@ -217,10 +218,29 @@ def test_stop_words_end_the_answer(worker: Worker) -> None:
     assert cut.reason == "stop"
 
 
+def work_of(worker: Worker) -> int:
+    """Ticks of the processor that the worker has had: what it did, whatever else the machine does."""
+    assert worker.served is not None
+    stat = processes.read_stat(worker.served["pid"])
+    assert stat is not None
+    return stat.cpu_ticks
+
+
+def wait_until_idle(worker: Worker) -> None:
+    deadline = time.monotonic() + 240
+    while busy(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("way", ["cancel", "hang up"])
-def test_stop_takes_effect_in_200_ms(worker: Worker, way: str) -> None:
+def test_a_stop_takes_effect_at_once(worker: Worker, way: str) -> None:
+    """It is held while its client goes; then it does less than for 500 of the 7000 tokens it was asked for."""
+    assert worker.served is not None
     endpoint, reply = worker.endpoint(), Reply()
-    # 7000 tokens take it many seconds.
+    before = work_of(worker)
+    ask(endpoint, "hi", max_tokens=500, temperature=1.0, ignore_eos=True)
+    whole = work_of(worker) - before
     stream = stream_chat(
         endpoint,
         [{"role": "user", "content": "hi"}],
@@ -228,17 +248,20 @@ def test_stop_takes_effect_in_200_ms(worker: Worker, way: str) -> None:
         reply,
     )
     next(stream)
-    assert busy(worker)
-    if way == "cancel":
-        threading.Timer(0.1, reply.cancel).start()
-        for _ in stream:
-            pass
-        assert reply.reason == "cancelled"
-    else:
-        stream.close()
-    stopped = time.monotonic()
-    while busy(worker):
-        assert time.monotonic() - stopped < 0.2
+    os.kill(worker.served["pid"], signal.SIGSTOP)
+    try:
+        before = work_of(worker)
+        if way == "cancel":
+            threading.Timer(0.1, reply.cancel).start()
+            for _ in stream:
+                pass
+            assert reply.reason == "cancelled"
+        else:
+            stream.close()
+    finally:
+        os.kill(worker.served["pid"], signal.SIGCONT)
+    wait_until_idle(worker)
+    assert work_of(worker) - before < whole
     assert reply.text
 
 
@@ -249,7 +272,7 @@ def test_a_stop_request_ends_the_process(tmp_path: Path) -> None:
     assert worker.served
     assert ask(worker.endpoint(), "hi").usage["completion_tokens"] > 0
     stop_worker(run)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 240
     while read_worker(run).status.phase.is_active:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -270,7 +293,7 @@ def test_a_folder_without_weights_is_explained(tmp_path: Path) -> None:
         start_worker(project, tmp_path)
 
 
-def ended(run: RunDirectory, seconds: float = 20.0) -> Worker:
+def ended(run: RunDirectory, seconds: float = 240.0) -> Worker:
     """The worker of `run` once it has ended."""
     deadline = time.monotonic() + seconds
     while (found := read_worker(run)).status.phase.is_active:
@@ -280,12 +303,14 @@ def ended(run: RunDirectory, seconds: float = 20.0) -> Worker:
 
 
 def test_weights_as_int8_say_by_how_much_and_once_nobody_asks_it_goes(tmp_path: Path) -> None:
+    from core.chat.loading import load
+
     project = open_project(tmp_path)
-    run = start_worker(project, write_tiny_llama(project.model / "llama"), dtype="int8", idle_seconds=0.5)
-    served = wait_for(run).served
-    assert served
-    assert served["dtype"] == "int8"
-    assert 0.0 < served["rounding_error"] < 0.02
+    folder = write_tiny_llama(project.model / "llama")
+    loaded = load({"model": str(folder), "device": "cpu", "dtype": "int8"}, SilentProgress())
+    assert loaded.dtype == "int8"
+    assert 0.0 < loaded.rounding_error < 0.02
+    run = start_worker(project, folder, dtype="int8", idle_seconds=0.2)
     assert ended(run).status.phase is Phase.FINISHED
     assert not (run.path / "endpoint.json").exists()
 
@@ -298,9 +323,11 @@ def test_an_idle_worker_gives_its_card_to_who_waits_for_it(tmp_path: Path, monke
     assert wait_for(first).served
     second = start_worker(project, folder, name="second", gpus=["GPU-of-a-test"])
     try:
-        assert read_worker(second).served is None
-        assert ended(first).status.phase is Phase.FINISHED
-        assert wait_for(second).served
+        went = ended(first).status
+        assert (went.phase, went.ended_at is None) == (Phase.FINISHED, False)
+        came = wait_for(second)
+        assert came.served
+        assert (came.status.started_at or 0.0) >= (went.ended_at or 0.0)
     finally:
         stop_worker(second)
         ended(second)
@@ -309,7 +336,7 @@ def test_an_idle_worker_gives_its_card_to_who_waits_for_it(tmp_path: Path, monke
 def test_a_worker_that_the_kernel_kills_takes_nothing_with_it(worker: Worker, tmp_path: Path) -> None:
     """As when memory runs out: the others go on, and it is known what happened."""
     project = open_project(tmp_path)
-    run = start_worker(project, write_tiny_llama(project.model / "llama"))
+    run = start_worker(project, write_tiny_llama(project.model / "llama", layers=32))
     victim = wait_for(run)
     assert victim.served
     assert int(Path(f"/proc/{victim.served['pid']}/oom_score_adj").read_text()) == 800, "the kernel takes it first"

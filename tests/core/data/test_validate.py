@@ -159,7 +159,9 @@ def test_no_row_crashes_the_parser(row: object, kind: Format):
 
 
 @given(content=_CONTENTS, suffix=_SUFFIXES)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_no_file_crashes_validation(tmp_path: Path, content: bytes, suffix: str):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(content)
@@ -174,7 +176,9 @@ def test_no_file_crashes_validation(tmp_path: Path, content: bytes, suffix: str)
 
 
 @given(text=st.text(alphabet='[]{},:"\\ \nabmesgrolcntu01', max_size=120))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_streamed_lists_agree_with_json(tmp_path: Path, text: str):
     """What json.loads reads as a list of rows, the stream reads the same."""
     path = tmp_path / "data.json"

@@ -1,10 +1,9 @@
-"""A hub on loopback with the endpoints of Hugging Face and ModelScope, which cuts, lies and dawdles as it is told."""
+"""A hub on loopback with the endpoints of Hugging Face and ModelScope, which cuts, lies and waits as it is told."""
 
 import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +34,9 @@ class FakeHub:
     """Status and X-Error-Code of every API answer."""
     errors_left: int = 0
     """So many downloads are answered with 503."""
-    bytes_per_second: float | None = None
+    hold_after_bytes: int | None = None
+    """An answer longer than this stops there until `go` is set."""
+    go: threading.Event = field(default_factory=threading.Event)
     has_hashes: bool = True
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     """Method, path, headers (lower case)."""
@@ -135,13 +136,13 @@ class _Handler(BaseHTTPRequestHandler):
         if is_cut:
             hub.cuts_left -= 1
             body = body[:limit]
-        step = len(body) or 1 if hub.bytes_per_second is None else max(1, int(hub.bytes_per_second / 50))
+        first = len(body) if hub.hold_after_bytes is None else hub.hold_after_bytes
         try:
-            for at in range(0, len(body), step):
-                self.wfile.write(body[at : at + step])
-                hub.sent_bytes += len(body[at : at + step])
-                if hub.bytes_per_second is not None:
-                    time.sleep(0.02)
+            for part in (body[:first], body[first:]):
+                self.wfile.write(part)
+                hub.sent_bytes += len(part)
+                if len(body) > first:
+                    hub.go.wait()
         except OSError:
             self.close_connection = True  # The other side has gone.
             return
@@ -175,6 +176,7 @@ def serve(files: dict[str, bytes]) -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        hub.go.set()
         server.shutdown()
         server.server_close()
         thread.join()

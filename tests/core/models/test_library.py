@@ -12,7 +12,8 @@ from core.models.library import copy_model, find_models, free_name, link_model, 
 from core.models.remote_code import allow, is_allowed, require_allowed
 from core.project import Project, open_project
 from core.runs.job import SilentProgress
-from core.runs.train import TrainRequest, plan
+from core.runs.request import TrainRequest
+from core.runs.train import plan
 from core.settings import Settings
 from tests.core.models.test_download import Watched, held
 from tests.models import write_tiny_internlm2, write_tiny_llama

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from core.files import write_json
 from core.project import Project, open_project
 from core.runs import processes
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.launch import launch, new_id, now_utc
 from core.runs.state import Phase, RunStatus, read_status
+from core.runs.watch import WatchRules
 
 TRAINER = Path(__file__).with_name("echo_trainer.py")
 Start = Callable[..., RunDirectory]
@@ -32,14 +34,17 @@ def start(project: Project) -> Iterator[Start]:
 
     def begin(
         *arguments: str,
-        stop_seconds: float = 5.0,
+        stop_seconds: float = 600.0,
         argv: list[str] | None = None,
         gpus: tuple[str, ...] = (),
         kind: str = "train",
+        rules: WatchRules | None = None,
     ) -> RunDirectory:
         run = RunDirectory(project.train / new_id("train", project.train))
         runs.append(run)
         run.path.mkdir()
+        if rules is not None:
+            write_json(run.watch_file, rules.to_json())
         return launch(
             project.train,
             RunSpec(
@@ -55,14 +60,14 @@ def start(project: Project) -> Iterator[Start]:
         )
 
     yield begin
+    supervisors = [read_status(run).supervisor_pid for run in runs]
+    processes.send([pid for pid in supervisors if pid is not None], signal.SIGKILL)  # first: they start who waits
     for run in runs:
-        pids = [stat.pid for stat in processes.marked(str(run.path))]
-        supervisor = read_status(run).supervisor_pid
-        processes.send([*pids, *([supervisor] if supervisor else [])], signal.SIGKILL)
+        processes.send([stat.pid for stat in processes.marked(str(run.path))], signal.SIGKILL)
 
 
-def wait_for(run: RunDirectory, *phases: Phase, timeout_seconds: float = 20.0) -> RunStatus:
-    """The status of `run` once it is in one of `phases`."""
+def wait_for(run: RunDirectory, *phases: Phase, timeout_seconds: float = 240.0) -> RunStatus:
+    """The status of `run` once it is in one of `phases`. The limit is for what hangs, not for what is slow."""
     deadline = time.monotonic() + timeout_seconds
     while (status := read_status(run)).phase not in phases:
         assert time.monotonic() < deadline, f"{status} after {timeout_seconds} s; {log_of(run)}"
@@ -70,7 +75,13 @@ def wait_for(run: RunDirectory, *phases: Phase, timeout_seconds: float = 20.0) -
     return status
 
 
-def wait_until(is_true: Callable[[], bool], timeout_seconds: float = 20.0) -> None:
+def wait_for_step(run: RunDirectory) -> RunStatus:
+    """The status of `run` once the trainer has made a step and the supervisor has noted its process: either may be first."""
+    wait_until(run.metrics_file.exists)
+    return wait_for(run, Phase.RUNNING)
+
+
+def wait_until(is_true: Callable[[], bool], timeout_seconds: float = 240.0) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not is_true():
         assert time.monotonic() < deadline

@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("--step-seconds", type=float, default=0.02)
     parser.add_argument("--exit-code", type=int, default=0)
     parser.add_argument("--print", default="", help="text to print before the end")
+    parser.add_argument("--hold-at", type=int, default=0, help="do not go beyond this step before a stop is asked for")
     parser.add_argument("--ignore-term", action="store_true")
     parser.add_argument("--ignore-stop", action="store_true")
     parser.add_argument("--orphan", action="store_true", help="leave a child in its own session behind")
@@ -41,6 +42,8 @@ def main() -> int:
         is_nan = 0 < options.nan_from <= iteration
         step(options.folder, iteration, options.steps, math.nan if is_nan else 3.0 / iteration)
         time.sleep(options.step_seconds)
+        while iteration == options.hold_at and not (options.folder / "stop.request").exists():
+            time.sleep(options.step_seconds)
         if not options.ignore_stop and (options.folder / "stop.request").exists():
             (options.folder / f"iter_{iteration}.pth").write_bytes(b"saved")
             print(f"saved iter_{iteration}.pth", flush=True)

@@ -117,10 +117,11 @@ def test_a_model_that_is_not_here_cannot_be_measured(place: tuple[Project, Path]
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(900)
 def test_a_measurement_finds_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real trainer, a fraction of a second a setting: every setting trains, nothing is left behind."""
     monkeypatch.setattr(autotune, "_SETTING_SECONDS", 0.2)
+    monkeypatch.setattr(autotune, "_MEASURED_SECONDS", 3600.0)
+    monkeypatch.setattr(autotune, "_SETTING_LIMIT_SECONDS", 600.0)
     project, config = make_project(tmp_path / "p", write_tiny_internlm2)
     before = config.read_text()
     result = autotune.measure(str(project.root), str(config), None, autotune.sys.executable, SilentProgress())

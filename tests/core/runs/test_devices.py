@@ -19,7 +19,7 @@ from core.runs.devices import CPU, Claim, Holder, default_folder, holders, wante
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.launch import launch, now_utc, start_supervisor
 from core.runs.state import SUPERVISOR_MODULE, Phase, read_status
-from tests.core.runs.conftest import TRAINER, Start, is_alive, wait_for, wait_until
+from tests.core.runs.conftest import TRAINER, Start, is_alive, wait_for, wait_for_step, wait_until
 
 
 def claim(folder: Path, run: str, *devices: str) -> Claim:
@@ -120,6 +120,14 @@ def test_a_broken_ticket_is_removed(tmp_path: Path) -> None:
     assert claim(tmp_path, "/run", "A").take()
 
 
+def test_where_no_lock_can_be_kept_there_is_none_to_give_back(tmp_path: Path) -> None:
+    (tmp_path / "no_folder").touch()
+    refused = claim(tmp_path / "no_folder", "/run", "A")
+    with pytest.raises(OSError, match="no_folder"):
+        refused.take()
+    refused.release()
+
+
 def test_waiting_run_starts_by_itself(start: Start) -> None:
     first = start("--steps", "100000", gpus=("GPU-x",))
     wait_for(first, Phase.RUNNING)
@@ -133,7 +141,7 @@ def test_waiting_run_starts_by_itself(start: Start) -> None:
     assert not second.log_file.exists()
     request_stop(first, "save")
     wait_for(second, Phase.FINISHED)
-    wait_until(lambda: holders() == [])
+    assert holders() == [], "who says that it has ended has given back what it had"
 
 
 def test_waiting_run_can_be_cancelled(start: Start) -> None:
@@ -150,8 +158,7 @@ def test_waiting_run_can_be_cancelled(start: Start) -> None:
 
 def test_gpu_stays_taken_while_the_trainer_of_a_killed_supervisor_lives(start: Start) -> None:
     first = start("--steps", "100000", gpus=("GPU-x",))
-    wait_until(first.metrics_file.exists)
-    status = wait_for(first, Phase.RUNNING)
+    status = wait_for_step(first)
     assert status.supervisor_pid is not None
     assert status.pid is not None
     os.kill(status.supervisor_pid, signal.SIGKILL)
@@ -177,7 +184,8 @@ def test_two_servers_start_a_run_once(start: Start, project: Project) -> None:
     assert sum(str(run.path) in command and str(TRAINER) in command for command in commands) == 1
 
 
-def test_a_run_started_by_a_job_outlives_it(start: Start, project: Project) -> None:
+def test_a_run_started_by_a_job_outlives_it(start: Start, project: Project, tmp_path: Path) -> None:
+    go = tmp_path / "go"
     inner: dict[str, object] = {
         "id": "inner",
         "kind": "train",
@@ -186,7 +194,8 @@ def test_a_run_started_by_a_job_outlives_it(start: Start, project: Project) -> N
         "created_at": now_utc(),
         "gpus": ["GPU-z"],
     }
-    inner["argv"] = [sys.executable, "-c", "import time; time.sleep(4)"]
+    waits = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)"
+    inner["argv"] = [sys.executable, "-c", waits, str(go)]
     code = (
         "import json, pathlib, sys; sys.path.insert(0, sys.argv[3])\n"
         "from core.runs.launch import launch; from core.runs.directory import RunDirectory, RunSpec\n"
@@ -195,7 +204,9 @@ def test_a_run_started_by_a_job_outlives_it(start: Start, project: Project) -> N
     root = str(Path(__file__).parents[3])
     job = start(argv=[sys.executable, "-c", code, str(project.train), json.dumps(inner), root], kind="reshape")
     wait_for(job, Phase.FINISHED, Phase.FAILED)
-    assert wait_for(RunDirectory(project.train / "inner"), Phase.FINISHED, Phase.CANCELLED).phase is Phase.FINISHED
+    go.touch()
+    ended = (Phase.FINISHED, Phase.CANCELLED, Phase.FAILED, Phase.LOST)
+    assert wait_for(RunDirectory(project.train / "inner"), *ended).phase is Phase.FINISHED
 
 
 _TWO_SERVERS = """
@@ -238,7 +249,7 @@ def test_two_servers_share_one_queue(project: Project, tmp_path: Path) -> None:
         assert server.stdout is not None
         assert server.stdout.readline() == "ready\n"
     go.touch()
-    said = {name: server.communicate(timeout=120)[0].split() for name, server in servers.items()}
+    said = {name: server.communicate(timeout=600)[0].split() for name, server in servers.items()}
     assert [server.returncode for server in servers.values()] == [0, 0]
     runs = [RunDirectory(project.train / f"run_{number}") for number in range(3)]
     spans = []

@@ -9,7 +9,6 @@ from benchmarks.kills import VICTIMS, kill_once
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(280)
 def test_five_kills_leave_whole_checkpoints_and_no_process(tmp_path: Path) -> None:
     chance = random.Random(3)
     reached = 0

@@ -16,14 +16,15 @@ from core.files import read_json
 from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.job import SilentProgress
+from core.runs.request import TrainRequest
 from core.runs.saving import read_saving
 from core.runs.state import Phase, read_status
-from core.runs.train import TrainRequest, start_training
+from core.runs.train import start_training
 from tests.core.chat.conftest import wait_for as wait_for_worker
 from tests.models import write_tiny_llama
 from tests.training import Trained, make_project, read_lines, train
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 
 def go_on(project: Project, request: TrainRequest) -> Trained:
@@ -36,7 +37,7 @@ def go_on(project: Project, request: TrainRequest) -> Trained:
     return Trained(run, wait_for_end(run), read_lines(run.metrics_file))
 
 
-def wait_for_end(run: RunDirectory, seconds: float = 120.0) -> Any:
+def wait_for_end(run: RunDirectory, seconds: float = 1200.0) -> Any:
     deadline = time.monotonic() + seconds
     while (status := read_status(run)).phase.is_active or status.ended_at is None:
         assert time.monotonic() < deadline, run.log_file.read_text()[-3000:]

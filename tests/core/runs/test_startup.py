@@ -75,7 +75,7 @@ assert all(importlib.util.find_spec(name) is None for name in names)
 print(json.dumps(names))
 """
     told = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=600
     )
     return set(json.loads(told.stdout))
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from core.runs.sampling import Sampler
 from core.runs.state import Phase, RunStatus, read_status
 from core.runs.state_writer import StateWriter
 from core.runs.summary import summarize
-from tests.core.runs.conftest import Start, wait_for
+from tests.core.runs.conftest import Start, wait_for, wait_until
 
 
 def write_state(folder: Path, **changes: object) -> RunDirectory:
@@ -62,13 +63,36 @@ def test_supervisor_dead_process_alive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", '{"phase": "runn', "[]", '{"phase": "dancing", "supervisor": {}}', "{}"])
-def test_half_written_state(tmp_path: Path, content: str) -> None:
+def test_half_written_state(tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.runs.state._START_SECONDS", 1800.0)
     run = write_state(tmp_path / "run")
     run.state_file.write_text(content, encoding="utf-8")
     assert read_status(run).phase is Phase.STARTING
     old = time.time() - 3600
     os.utime(run.spec_file, (old, old))
     assert read_status(run).phase is Phase.LOST
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_lost(tmp_path: Path) -> None:
+    """Its file was read, then it wrote its end and went, then its processes were looked at."""
+    run = write_state(tmp_path / "run")
+
+    def is_alive(_: processes.ProcessIdentity) -> bool:
+        write_state(run.path, phase="finished", exit_code=0)
+        return False
+
+    assert read_status(run, is_alive).phase is Phase.FINISHED
+
+
+def test_a_process_that_its_killed_supervisor_had_no_time_to_note(tmp_path: Path) -> None:
+    dead = identity(started_ticks=1)
+    run = write_state(tmp_path / "run", phase="starting", supervisor=dead, process=None)
+    assert read_status(run).phase is Phase.LOST
+    environment = {**os.environ, processes.RUN_VARIABLE: str(run.path)}
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, env=environment) as process:
+        wait_until(lambda: bool(processes.marked(str(run.path))))
+        status = read_status(run)
+    assert (status.phase, status.pid, status.is_supervised) == (Phase.RUNNING, process.pid, False)
 
 
 def test_deleted_directory(tmp_path: Path) -> None:
@@ -160,8 +184,10 @@ def test_summary(start: Start) -> None:
     assert summary.tokens_per_second == pytest.approx(128 / 0.02)
 
 
-def test_a_clock_that_was_set_back_or_forward(tmp_path: Path) -> None:
+def test_a_clock_that_was_set_back_or_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No time runs backwards on the page, and a file from the future is no sign of life."""
+    monkeypatch.setattr("core.runs.state._START_SECONDS", 1800.0)
+    monkeypatch.setattr("core.runs.state._QUIET_SECONDS", 1800.0)
     now = time.time()
     for started_at, elapsed in ((now + 3600, 0.0), (now - 60, 60.0)):
         status = RunStatus(Phase.RUNNING, started_at=started_at)

@@ -15,7 +15,7 @@ from core.runs.control import request_stop
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.launch import now_utc, start_job, start_supervisor
 from core.runs.state import Phase, read_status
-from tests.core.runs.conftest import Start, is_alive, log_of, wait_for, wait_until
+from tests.core.runs.conftest import Start, is_alive, log_of, wait_for, wait_for_step, wait_until
 
 
 def test_finishes_with_log_and_metrics(start: Start) -> None:
@@ -49,7 +49,7 @@ def test_command_that_does_not_exist(start: Start) -> None:
 
 def test_stop_save_lets_the_trainer_save(start: Start) -> None:
     run = start("--steps", "100000")
-    wait_until(run.metrics_file.exists)
+    wait_for_step(run)
     request_stop(run, "save")
     status = wait_for(run, Phase.STOPPED)
     assert status.exit_code == 0
@@ -58,16 +58,16 @@ def test_stop_save_lets_the_trainer_save(start: Start) -> None:
 
 def test_stop_save_ends_in_sigterm_when_ignored(start: Start) -> None:
     run = start("--steps", "100000", "--ignore-stop", stop_seconds=0.3)
-    wait_until(run.metrics_file.exists)
+    wait_for_step(run)
     request_stop(run, "save")
     assert wait_for(run, Phase.CANCELLED).signal == signal.SIGTERM
 
 
 def test_cancel_is_sigterm_at_once(start: Start) -> None:
     run = start("--steps", "100000", stop_seconds=600)
-    wait_until(run.metrics_file.exists)
+    wait_for_step(run)
     request_stop(run, "cancel")
-    status = wait_for(run, Phase.CANCELLED, timeout_seconds=5)
+    status = wait_for(run, Phase.CANCELLED)
     assert status.stop_mode == "cancel"
     with pytest.raises(ConflictError, match="not_running"):
         request_stop(run, "save")
@@ -75,25 +75,24 @@ def test_cancel_is_sigterm_at_once(start: Start) -> None:
 
 def test_save_can_become_cancel(start: Start) -> None:
     run = start("--steps", "100000", "--ignore-stop", stop_seconds=600)
-    wait_until(run.metrics_file.exists)
+    wait_for_step(run)
     request_stop(run, "save")
     wait_for(run, Phase.STOPPING)
     request_stop(run, "cancel")
-    wait_for(run, Phase.CANCELLED, timeout_seconds=5)
+    wait_for(run, Phase.CANCELLED)
 
 
 def test_sigkill_when_sigterm_is_ignored(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stop.KILL_SECONDS == 15.0
     run = start("--steps", "100000", "--ignore-term", "--ignore-stop")
-    wait_until(run.metrics_file.exists)
+    wait_for_step(run)
     request_stop(run, "cancel")
-    assert wait_for(run, Phase.CANCELLED, timeout_seconds=25).signal == signal.SIGKILL
+    assert wait_for(run, Phase.CANCELLED).signal == signal.SIGKILL
 
 
 def test_sigterm_to_the_supervisor_cancels(start: Start) -> None:
     run = start("--steps", "100000")
-    wait_until(run.metrics_file.exists)
-    status = read_status(run)
+    status = wait_for_step(run)
     assert status.supervisor_pid is not None
     os.kill(status.supervisor_pid, signal.SIGTERM)
     assert wait_for(run, Phase.CANCELLED).phase is Phase.CANCELLED
@@ -107,7 +106,7 @@ def test_children_in_other_sessions_do_not_stay(start: Start) -> None:
 
 def test_cancel_reaches_children_in_other_sessions(start: Start) -> None:
     run = start("--orphan", "--steps", "100000")
-    wait_until(run.metrics_file.exists)
+    wait_for_step(run)
     request_stop(run, "cancel")
     wait_for(run, Phase.CANCELLED)
     assert not is_alive(int((run.path / "orphan.pid").read_text()))
@@ -151,8 +150,7 @@ def test_samples_the_machine_while_running(start: Start) -> None:
 
 def test_killed_supervisor_is_told_apart_and_stop_still_works(start: Start) -> None:
     run = start("--steps", "100000", "--ignore-stop", stop_seconds=0.3)
-    wait_until(run.metrics_file.exists)
-    pid = read_status(run).supervisor_pid
+    pid = wait_for_step(run).supervisor_pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(pid))
@@ -166,8 +164,7 @@ def test_killed_supervisor_is_told_apart_and_stop_still_works(start: Start) -> N
 
 def test_killed_supervisor_and_killed_process_are_lost(start: Start) -> None:
     run = start("--steps", "100000")
-    wait_until(run.metrics_file.exists)
-    status = read_status(run)
+    status = wait_for_step(run)
     assert status.supervisor_pid is not None
     assert status.pid is not None
     os.kill(status.supervisor_pid, signal.SIGKILL)
@@ -177,7 +174,7 @@ def test_killed_supervisor_and_killed_process_are_lost(start: Start) -> None:
 
 def test_deleted_state_file_is_survived(start: Start) -> None:
     run = start("--steps", "100000")
-    wait_until(run.metrics_file.exists)
+    wait_for_step(run)
     run.state_file.unlink()
     status = read_status(run)
     assert status.phase is Phase.RUNNING

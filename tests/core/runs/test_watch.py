@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 import shutil
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,17 +29,27 @@ from core.runs.metrics import MetricsReader
 from core.runs.state import Phase, read_attempt, read_status
 from core.runs.watch import Watch, WatchRules, read_alerts, read_rules
 from core.runs.webhook import body_for, check, post
-from tests.core.runs.conftest import Start, log_of, wait_for, wait_until
+from tests.core.runs.conftest import Start, log_of, wait_for, wait_for_step, wait_until
+
+
+@dataclass
+class Receiver:
+    """A webhook's other end. `/no` refuses, `/slow` answers once `go` is set."""
+
+    url: str = ""
+    got: list[dict[str, Any]] = field(default_factory=list)
+    go: threading.Event = field(default_factory=threading.Event)
 
 
 @pytest.fixture
-def receiver() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A webhook's other end: its address, and what it got. `/no` refuses."""
-    got: list[dict[str, Any]] = []
+def receiver() -> Iterator[Receiver]:
+    made = Receiver()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            made.got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if self.path == "/slow":
+                made.go.wait()
             self.send_response(500 if self.path == "/no" else 204)
             self.end_headers()
 
@@ -46,7 +59,9 @@ def receiver() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", got
+    made.url = f"http://127.0.0.1:{server.server_port}"
+    yield made
+    made.go.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -65,42 +80,69 @@ def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(start: Start) -> No
     status = wait_for(run, Phase.CANCELLED)
     assert (status.stop_reason, status.stop_mode) == ("nan", "cancel")
     assert list(run.path.glob("iter_*")) == [], "nothing was saved on the way out"
-    alerts, _ = read_alerts(run)
-    assert [(alert.kind, alert.level, alert.params["first"]) for alert in alerts] == [("nan", "error", 30)]
-    assert alerts[0].until is not None
+    (alert,) = [alert for alert in read_alerts(run)[0] if alert.kind == "nan"]
+    assert (alert.level, alert.params["first"]) == ("error", 30)
+    assert alert.until is not None
     metrics = MetricsReader(run.metrics_file).refresh()
     assert math.isnan(metrics["loss"][29])
 
 
 def test_nan_does_not_end_a_run_whose_person_said_no(start: Start, project: Project) -> None:
-    run = start("--steps", "100000", "--nan-from", "1", "--step-seconds", "0.3")
-    write_json(run.watch_file, WatchRules(stop_on=()).to_json())
-    wait_until(lambda: [alert.level for alert in read_alerts(run)[0]] == ["error"])
-    time.sleep(1.2)
+    run = start("--steps", "100000", "--nan-from", "1", rules=WatchRules(stop_on=()))
+
+    def nan_steps() -> int:
+        errors = [alert for alert in read_alerts(run)[0] if (alert.kind, alert.level) == ("nan", "error")]
+        return errors[-1].params["count"] if errors else 0
+
+    wait_until(lambda: nan_steps() > 0)
+    seen = nan_steps()
+    wait_until(lambda: nan_steps() > seen)  # the watch has looked once more, after it had an error to act on
     assert read_status(run).phase is Phase.RUNNING
 
 
-def test_webhook_gets_alert_and_end(start: Start, receiver: tuple[str, list[dict[str, Any]]]) -> None:
-    url, got = receiver
-    run = start("--steps", "100000", "--nan-from", "60")
-    write_json(run.watch_file, WatchRules(webhook=url, language="zh").to_json())
+def test_webhook_gets_alert_and_end(start: Start, receiver: Receiver) -> None:
+    got = receiver.got
+    run = start("--steps", "100000", "--nan-from", "60", rules=WatchRules(webhook=receiver.url, language="zh"))
     wait_for(run, Phase.CANCELLED)
-    wait_until(lambda: any(event["event"] == "end" for event in got))
-    events = [(event["event"], event["kind"]) for event in got]
-    assert ("alert", "nan") in events
-    assert events[-1] == ("end", "cancelled")
-    assert got[-1]["text"] == f"{run.id}: 已取消"
+    wait_until(lambda: {event["event"] for event in got} == {"alert", "end"})
+    assert ("alert", "nan") in [(event["event"], event["kind"]) for event in got]
+    (end,) = [event for event in got if event["event"] == "end"]
+    assert (end["kind"], end["text"]) == ("cancelled", f"{run.id}: 已取消")
     wait_until(lambda: read_alerts(run)[1].get("sent") == len(got))
 
 
-def test_a_webhook_that_refuses_is_noted_and_harms_nothing(tmp_path: Path, receiver: tuple[str, Any]) -> None:
+def test_a_webhook_that_refuses_is_noted_and_harms_nothing(tmp_path: Path, receiver: Receiver) -> None:
     run = RunDirectory(tmp_path)
-    write_json(run.watch_file, {"webhook": f"{receiver[0]}/no", "stop_on": []})
+    write_json(run.watch_file, {"webhook": f"{receiver.url}/no", "stop_on": []})
     watch = Watch(run, spec(), None)
     watch.close("finished")
     delivery = read_alerts(run)[1]
     assert (delivery["sent"], delivery["failed"]) == (0, 1)
     assert "500" in delivery["reason"]
+
+
+def test_a_webhook_that_dawdles_keeps_nobody_from_the_device_or_from_going_on(start: Start, receiver: Receiver) -> None:
+    run = start("--steps", "1", "--exit-code", "1", rules=WatchRules(webhook=f"{receiver.url}/slow"))
+    wait_for(run, Phase.FAILED)
+    wait_until(lambda: bool(receiver.got))
+    assert read_status(start("--steps", "1")).phase is not Phase.QUEUED, "its device is free"
+    save_checkpoint(run, 1)
+
+    def waits() -> bool:
+        """Whether two processes have the lock's file open: the supervisor that waits for the answer, and the next one."""
+        lock, found = str(run.supervisor_lock), 0
+        for stat in processes.all_processes():
+            with suppress(OSError):
+                found += any(str(handle.readlink()) == lock for handle in Path(f"/proc/{stat.pid}/fd").iterdir())
+        return found == 2
+
+    with ThreadPoolExecutor(1) as pool:
+        going = pool.submit(go_on, run)
+        wait_until(lambda: waits() or going.done())
+        receiver.go.set()
+        assert going.result().iteration == 1
+    wait_for(run, Phase.FAILED)
+    assert read_attempt(run)["number"] == 2
 
 
 def test_webhook_addresses_and_formats() -> None:
@@ -184,13 +226,11 @@ def test_a_new_watch_closes_what_an_old_one_left_open(tmp_path: Path) -> None:
 
 
 def test_pause_and_go_on_at_the_same_step(start: Start) -> None:
-    run = start("--steps", "60")
-    wait_until(lambda: len(MetricsReader(run.metrics_file).refresh()) >= 5)
+    run = start("--steps", "60", "--hold-at", "5")
+    wait_until(lambda: len(MetricsReader(run.metrics_file).refresh()) == 5)
     request_stop(run, "save")
     wait_for(run, Phase.STOPPED)
-    saved = next(run.path.glob("iter_*.pth"))
-    iteration = int(saved.stem.removeprefix("iter_"))
-    save_checkpoint(run, iteration)
+    saved = save_checkpoint(run, 5)
     card = go_on(run)
     assert (card.path, read_attempt(run)["number"]) == (saved, 2)
     assert wait_for(run, Phase.FINISHED).stop_mode is None
@@ -214,11 +254,10 @@ def test_going_on_needs_a_checkpoint_and_a_run_that_has_ended(start: Start) -> N
 def test_a_checkpoint_saved_while_the_loss_was_nan_is_not_gone_on_from(start: Start) -> None:
     run = start("--steps", "1")
     wait_for(run, Phase.FINISHED)
-    good = save_checkpoint(run, 100)
-    time.sleep(0.05)
-    began = time.time() - 0.02  # the kernel's clock for files ticks coarsely
-    save_checkpoint(run, 200)
-    alert = {"kind": "nan", "level": "error", "subject": "", "since": began, "until": time.time() + 1}
+    good, spoilt = save_checkpoint(run, 100), save_checkpoint(run, 200)
+    os.utime(good, (1000, 1000))
+    os.utime(spoilt, (1010, 1010))
+    alert = {"kind": "nan", "level": "error", "subject": "", "since": 1005.0, "until": 1015.0}
     write_json(run.alerts_file, {"alerts": [alert | {"iteration": 150, "params": {"first": 150, "count": 9}}]})
     card = resume_point(run)
     assert card is not None
@@ -271,8 +310,10 @@ def test_a_rank_that_dies_alone_ends_the_run_and_says_so(start: Start) -> None:
 
 def test_a_deleted_folder_is_lost_and_not_made_anew(start: Start) -> None:
     run = start("--steps", "100000", "--step-seconds", "0.5")
-    wait_until(run.metrics_file.exists)
-    shutil.rmtree(run.path)
+    wait_for_step(run)
+    shutil.rmtree(
+        run.path.rename(run.path.with_name("gone"))
+    )  # at once: what writes there meanwhile makes nothing anew
     wait_until(lambda: processes.marked(str(run.path)) == [])
     assert read_status(run).phase is Phase.LOST
     assert not run.path.exists()

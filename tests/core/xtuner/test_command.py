@@ -1,6 +1,9 @@
 """The training command and its environment."""
 
+import socket
 from pathlib import Path
+
+import pytest
 
 from core.xtuner import command
 
@@ -37,10 +40,10 @@ def test_environment_of_a_gpu_run() -> None:
     assert env["OMP_NUM_THREADS"] == "8"
 
 
-def test_free_ports_differ_while_taken() -> None:
-    import socket
-
+def test_free_ports_differ_while_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     first = command.free_port()
+    assert first < 32_768, "no connection is given it by chance"
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", first))
+        monkeypatch.setattr(command, "_PORTS", range(first, first + 1))
         assert command.free_port() != first

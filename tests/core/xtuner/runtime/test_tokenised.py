@@ -1,6 +1,7 @@
 """Tokenised data is taken from the cache exactly when nothing that it was made of has changed."""
 
 import copy
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,9 @@ def test_kept_data_is_what_was_made(
     assert made == [{"max_length": 8}]
     assert list(first) == list(second)
     assert list(second.length) == [2, 1]
-    for name in "bcdefgh":
+    for used_at, name in enumerate("abcdefgh", 1000):
         build(str(tmp_path / f"kept/{name}"), max_length=8)
+        os.utime(tmp_path / "kept" / name, (used_at, used_at))
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == list("cdefgh")
 
 
@@ -156,7 +158,7 @@ def test_one_rank_makes_the_data_and_the_others_only_read_it(
     waiting = threading.Thread(target=make_ready, args=(datasets, run), kwargs={"rank": 1, "world_size": 2, "seed": 42})
     waiting.start()
     make_ready(datasets, run, rank=0, world_size=2, seed=42)
-    waiting.join(20)
+    waiting.join(600)
     assert not waiting.is_alive()
     assert (22, 22) in seen, "the rows of the file are counted"
     # What XTuner's runner makes of the same config: it seeds, then builds.

@@ -13,17 +13,17 @@ from core.config.source import ConfigSource
 from core.project import Project
 from core.runs.directory import RunDirectory
 from core.runs.job import SilentProgress
+from core.runs.request import TrainRequest
 from core.runs.saving import read_saving
 from core.runs.startup import PHASES, read_startup
 from core.runs.state import Phase
-from core.runs.train import TrainRequest
 from core.runs.validation import best_of, early_end
 from core.xtuner.runtime.speed.parts import read_reports
 from tests.core.chat.conftest import wait_for
 from tests.models import write_tiny_internlm2, write_tiny_llama, write_tiny_qwen2
 from tests.training import Trained, make_project, train, validate_on
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
