@@ -111,6 +111,27 @@ def test_trained_weights_in_half_precision(made: ConfigSource) -> None:
     assert "half_full" not in codes(made)
 
 
+def test_a_change_of_precision_reaches_every_dtype(made: ConfigSource) -> None:
+    """float16 needs a gradient scaler, bfloat16 none."""
+    kinds = ("model.llm.torch_dtype", "model.llm.quantization_config.bnb_4bit_compute_dtype")
+    narrow = many(
+        NF4,
+        *(sets(kind, Code("torch.float16")) for kind in kinds),
+        sets("optim_wrapper.dtype", "float16"),
+        sets("optim_wrapper.loss_scale", "dynamic"),
+    )(made)
+    wide = apply_fix(narrow, codes(narrow)["prefer_bf16"])
+    assert [wide.get(kind) for kind in kinds] == [Code("torch.bfloat16")] * 2
+    assert wide.get("optim_wrapper.dtype") == "bfloat16"
+    assert not wide.has("optim_wrapper.loss_scale")
+    scaled = wide.set("optim_wrapper.loss_scale", "dynamic")
+    old_card = dataclasses.replace(GPU, supports_bf16=False)
+    back = apply_fix(scaled, codes(scaled, machine=old_card)["no_bf16"])
+    assert [back.get(kind) for kind in kinds] == [Code("torch.float16")] * 2
+    assert back.get("optim_wrapper.dtype") == "float16"
+    assert back.get("optim_wrapper.loss_scale") == "dynamic"
+
+
 def test_warm_up_of_no_iteration(made: ConfigSource, rows: DataFacts) -> None:
     """Twenty-two rows are a few iterations: 3 % of them are none."""
     small = made.set("data_files", [str(rows.path)]).set("max_length", 512)

@@ -181,3 +181,18 @@ def test_validation_data_that_xtuner_does_not_read_is_said(
 def test_the_training_data_is_no_validation_data(made: ConfigSource, many_rows: DataFacts) -> None:
     finding = codes(set_validation(made, many_rows))["validation_same"]
     assert read_validation(apply_fix(set_validation(made, many_rows), finding)) is None
+
+
+def test_validation_that_takes_too_long_is_spread_just_enough(made: ConfigSource, project: Project) -> None:
+    """The advice names the share of the time it takes; the fix is the shortest whole window that keeps it under the limit."""
+    source = set_validation(made, read_data(write_rows(project.data / "held_out.jsonl", 400))).set("validation_freq", 4)
+    finding = codes(source)["validation_dear"]
+    assert finding.line == source.line_of("validation_freq")
+    params = finding.message.params
+    assert params["every"] == 4
+    enough = int(str(params["enough"]))
+    counts = int(source.effective("accumulative_counts", 1))
+    assert enough % counts == 0
+    assert "validation_dear" not in codes(source.set("validation_freq", enough))
+    assert "validation_dear" in codes(source.set("validation_freq", max(counts, enough - 2 * counts)))
+    assert 10 < int(str(params["percent"])) < 100
