@@ -1,4 +1,4 @@
-"""The hash-pinned lock of every package that tests and lint need: reads it, and tells whether it is of these requirement files.
+"""The hash-pinned lock of every package that tests and lint need: reads it, and says of which requirement files it is.
 
     # of: 3f1c…                       digest of the requirement lines it was made of
     anyio==4.16.0 ; sys_platform == 'linux' \\
@@ -62,12 +62,6 @@ def requirement_lines(files: "Sequence[Path]") -> "list[str]":
             elif text:
                 found[text] = None
     return list(found)
-
-
-def is_of(lock: Path, files: "Sequence[Path]") -> bool:
-    """Whether `lock` was made of what these requirement files ask for now."""
-    head = lock.read_text(encoding="utf-8").splitlines() if lock.is_file() else []
-    return of_line(files) in head
 
 
 def of_line(files: "Sequence[Path]") -> str:

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from core.environment import venv_cache
-from core.environment.lock import BUILD_TOOLS, is_of, read_lock, requirement_lines
+from core.environment.lock import BUILD_TOOLS, of_line, read_lock, requirement_lines
 from core.environment.lock_renewal import LOCK, RESOLVED, UNRESOLVED, constraint_files, renew
 from core.errors import InputError
 from core.files import read_json
@@ -36,6 +36,12 @@ MACHINES = [
 
 def applies(marker: Marker | None, machine: dict[str, str]) -> bool:
     return marker is None or marker.evaluate(machine)
+
+
+def is_of(lock: Path, files: list[Path]) -> bool:
+    """Whether `lock` was made of what these requirement files ask for now."""
+    head = lock.read_text(encoding="utf-8").splitlines() if lock.is_file() else []
+    return of_line(files) in head
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: f"{m['python_version']}-{m['platform_machine']}")
