@@ -17,6 +17,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from core.xtuner.runtime.speed.batches import Pass, flatten
+from core.xtuner.runtime.speed.reading import LateNorm, Reading
 
 
 class LookAhead:
@@ -86,15 +87,12 @@ class GroupedStep(ABC):
         del optim_wrapper  # the run has one
         is_first = not self._losses
         if is_first:
-            done = self._position()
-            losses = self._group_losses(data, done)
-            self._losses.extend(losses.detach().unbind())
-            self._prepare(len(losses) - 1, self._size(done + len(losses)))
+            self._losses.extend(self._group_losses(data, self._position()).value().unbind())
         loss = self._losses.popleft()
         self._end_micro_step(is_first=is_first, is_last=not self._losses)
         return {"loss": loss}
 
-    def _group_losses(self, data: Mapping[str, Any], done: int) -> Tensor:
+    def _group_losses(self, data: Mapping[str, Any], done: int) -> Reading:
         """Where memory was planned too tightly: with less kept, then with fewer micro-batches, as long as that can help."""
         while True:
             batch = self._take(data, self._size(done))
@@ -124,8 +122,11 @@ class GroupedStep(ABC):
         """Micro-batches of the group that begins after `done` micro-steps: never across a step of the optimizer."""
 
     @abstractmethod
-    def _compute(self, batch: Pass) -> Tensor:
-        """Forward and backward pass of a group; the loss of each of its micro-batches."""
+    def _compute(self, batch: Pass) -> Reading:
+        """Forward and backward pass of a group; the loss of each of its micro-batches.
+
+        It is read between the two: the host goes through the group's other steps while the device makes the gradients.
+        """
 
     @abstractmethod
     def _end_micro_step(self, *, is_first: bool, is_last: bool) -> None:
@@ -139,8 +140,12 @@ class GroupedStep(ABC):
         rest = self._loader.upcoming(max(0, count - 1))
         return flatten([item["data"] for item in (data, *rest)], self._device, by_sample=self._by_sample)
 
-    def _prepare(self, waiting: int, size: int) -> None:
-        """Collate the next group and send it to the device while this one is being computed."""
+    def _prepare(self, count: int, done: int) -> None:
+        """Collate the group that follows this one of `count`, and send it, while the device computes what it was told.
+
+        done: micro-steps when the next one begins.
+        """
+        waiting, size = count - 1, self._size(done)
         items = self._loader.upcoming(waiting + size)[waiting:] if size > 0 else []
         if len(items) == size and items:
             batch = flatten([item["data"] for item in items], self._device, by_sample=self._by_sample)
@@ -149,6 +154,10 @@ class GroupedStep(ABC):
 
 class PlainStep(GroupedStep):
     """With mmengine's OptimWrapper, with or without DDP and AMP."""
+
+    def __init__(self, model: Any, optim_wrapper: Any, loader: LookAhead, **options: Any) -> None:
+        super().__init__(model, optim_wrapper, loader, **options)
+        self._norm = LateNorm(optim_wrapper)
 
     def _position(self) -> int:
         return int(self._optimizer._inner_count)
@@ -159,14 +168,16 @@ class PlainStep(GroupedStep):
         limit = int(self._optimizer._max_counts)
         return min(size, limit - done) if limit > 0 else size
 
-    def _compute(self, batch: Pass) -> Tensor:
+    def _compute(self, batch: Pass) -> Reading:
         done = self._position() + batch.micro_batches
         must_sync = done % self._optimizer._accumulative_counts == 0 or done == self._optimizer._max_counts
         is_silent = not must_sync and hasattr(self._model, "no_sync")
         with self._model.no_sync() if is_silent else nullcontext():
             losses: Tensor = self._model(batch, self._seed(), mode="loss")["loss"]
+            reading = Reading(losses)
             self._optimizer.backward(self._optimizer.scale_loss(losses.sum()))
-        return losses
+        self._prepare(batch.micro_batches, done)
+        return reading
 
     def _end_micro_step(self, *, is_first: bool, is_last: bool) -> None:
         del is_last
@@ -175,6 +186,7 @@ class PlainStep(GroupedStep):
         if self._optimizer.should_update():
             self._optimizer.step()
             self._optimizer.zero_grad()
+            self._norm.settle()
 
     def _discard(self, done: int) -> bool:
         # In the middle of a window the gradients gathered before would be lost too; DDP may have sent a part of them.
@@ -199,11 +211,14 @@ class EngineStep(GroupedStep):
         accumulation = int(self._model.gradient_accumulation_steps())
         return min(self.group, accumulation - done % accumulation)
 
-    def _compute(self, batch: Pass) -> Tensor:
+    def _compute(self, batch: Pass) -> Reading:
         losses: Tensor = self._model(batch, self._seed(), mode="loss")["loss"]
+        reading = Reading(losses)
+        # Now: the engine waits for the gradients at the end of the backward pass.
+        self._prepare(batch.micro_batches, self._position() + batch.micro_batches)
         self._model.micro_steps += batch.micro_batches - 1
         self._model.backward(losses.sum())
-        return losses
+        return reading
 
     def _end_micro_step(self, *, is_first: bool, is_last: bool) -> None:
         del is_first

@@ -33,7 +33,7 @@ class Toy:
 
 
 def train(
-    toy: Toy, *, group: int, accumulation: int, steps: int, limit: int = 0, tighten: Any = lambda: False
+    toy: Toy, *, group: int, accumulation: int, steps: int, limit: int = 0, tighten: Any = lambda: False, **options: Any
 ) -> tuple[list[float], list[float]]:
     """Losses of each micro-step and the weight after it; every step is taken by mmengine's own OptimWrapper."""
     import torch
@@ -45,7 +45,7 @@ def train(
         for number in range(10**6):
             yield {"data": packed_batch([6], seed=number)}
 
-    wrapper = OptimWrapper(torch.optim.SGD([toy.weight], lr=0.01), accumulative_counts=accumulation)
+    wrapper = OptimWrapper(torch.optim.SGD([toy.weight], lr=0.01), accumulative_counts=accumulation, **options)
     if limit:
         wrapper.initialize_count_status(torch.nn.Linear(1, 1), 0, limit)
     loader = LookAhead(batches())
@@ -106,6 +106,23 @@ def test_too_little_memory_for_one_micro_batch_ends_the_run() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         train(Toy(most=0), group=4, accumulation=4, steps=1)
+
+
+def test_the_norm_that_is_read_late_is_that_of_the_whole_window_before_clipping() -> None:
+    from mmengine.logging import MessageHub
+
+    toy, free = Toy(), Toy()
+    _, unclipped = train(free, group=2, accumulation=4, steps=4)
+    _, clipped = train(toy, group=2, accumulation=4, steps=4, clip_grad={"max_norm": 0.01, "norm_type": 2})
+    norm = (0.5 - unclipped[-1]) / 0.01  # one step of SGD
+    assert norm > 0.01
+    assert MessageHub.get_current_instance().get_scalar("train/grad_norm").current() == pytest.approx(norm, rel=1e-5)
+    assert 0.5 - clipped[-1] == pytest.approx(0.01 * 0.01, rel=1e-3)
+
+
+def test_clipping_by_value_has_no_norm_to_read() -> None:
+    _, weights = train(Toy(), group=2, accumulation=2, steps=2, clip_grad={"type": "value", "clip_value": 0.02})
+    assert 0.5 - weights[-1] == pytest.approx(0.01 * 0.02, rel=1e-3)
 
 
 def test_training_mode_is_set_only_where_it_is_not_there() -> None:
