@@ -1,6 +1,7 @@
 """What the trainer tells the app while it trains, and how it hears a stop: metrics.jsonl, samples.jsonl, stop.request."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +14,7 @@ from torch import distributed
 from core.runs.pace import Pace
 from core.xtuner.runtime.checkpoint import WholeCheckpointHook
 
+_INTERFACE: Final = "GLOO_SOCKET_IFNAME"
 _WINDOW_SECONDS: Final = 45.0
 """How long a stop waits for the end of the accumulation window, whose gradients no checkpoint holds."""
 
@@ -20,8 +22,8 @@ _WINDOW_SECONDS: Final = 45.0
 class LiveHook(Hook):  # type: ignore[misc]
     """One line a micro-step in metrics.jsonl: raw values, the loss as mean over ranks.
 
-    With one rank the loss is known already (mmengine reads it for its log), so the line is written at once. With several, loss
-    and tokens travel in one asynchronous all-reduce that is read a step later: training never waits for it.
+    The loss of this rank is known already (mmengine reads it for its log). With several ranks, loss and tokens travel in one
+    asynchronous all-reduce that is read a step later. It goes past the GPUs, where it would wait for all that was sent to them before.
     """
 
     # Before sample answers (LOW) and validation, which are no part of the step.
@@ -31,6 +33,7 @@ class LiveHook(Hook):  # type: ignore[misc]
         self._path = Path(run) / "metrics.jsonl"
         self._stream: Any = None
         self._pending: tuple[dict[str, Any], torch.Tensor, Any] | None = None
+        self._group: Any = None
         self._mark = time.perf_counter()
         self._data_seconds = 0.0
         self.will_stop = False
@@ -40,6 +43,8 @@ class LiveHook(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         del runner
+        if get_world_size() > 1:
+            self._group = host_group()
         if get_rank() == 0:
             self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until after_train
 
@@ -52,7 +57,7 @@ class LiveHook(Hook):  # type: ignore[misc]
         self._data_seconds = time.perf_counter() - self._mark
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        del batch_idx
+        del batch_idx, outputs
         hub = runner.message_hub
         line: dict[str, Any] = {
             "iteration": runner.iter + 1,
@@ -72,7 +77,7 @@ class LiveHook(Hook):  # type: ignore[misc]
             self._write(line)
         else:
             self._collect()
-            self._send(line, outputs)
+            self._send(line)
 
     def after_train(self, runner: Any) -> None:
         del runner
@@ -81,12 +86,10 @@ class LiveHook(Hook):  # type: ignore[misc]
             self._stream.close()
             self._stream = None
 
-    def _send(self, line: dict[str, Any], outputs: Any) -> None:
-        loss = outputs["loss"].detach().float() if outputs and "loss" in outputs else torch.tensor(line["loss"])
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        told = torch.tensor([line["tokens"], float(self.will_stop)], dtype=torch.float64, device=device)
-        values = torch.cat([loss.to(device, torch.float64).reshape(1), told])
-        self._pending = (line, values, distributed.all_reduce(values, async_op=True))
+    def _send(self, line: dict[str, Any]) -> None:
+        told = [line["loss"], line["tokens"], float(self.will_stop)]
+        values = torch.tensor(told, dtype=torch.float64)
+        self._pending = (line, values, distributed.all_reduce(values, group=self._group, async_op=True))
 
     def _collect(self) -> None:
         if self._pending is None:
@@ -152,6 +155,22 @@ class StopHook(Hook):  # type: ignore[misc]
             find(runner, WholeCheckpointHook).save_now(runner)
             runner.train_loop.stop_training = True
         live.mark()
+
+
+def host_group() -> Any:
+    """A gloo group of all ranks, as XTuner makes one to tokenise; on one machine by its loopback, whatever its name resolves to."""
+    if distributed.get_backend() == "gloo":
+        return distributed.group.WORLD
+    kept = os.environ.get(_INTERFACE)
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(get_world_size()):
+        os.environ[_INTERFACE] = "lo"
+    try:
+        return distributed.new_group(backend="gloo")
+    finally:
+        if kept is not None:
+            os.environ[_INTERFACE] = kept
+        else:
+            os.environ.pop(_INTERFACE, None)
 
 
 def gradient_norm(runner: Any) -> float | None:
