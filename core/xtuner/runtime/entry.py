@@ -60,6 +60,7 @@ def train(run: RunDirectory) -> None:
     startup.prefetch(model)
     startup.leave_out(source.read_text(encoding="utf-8"), model, has_deepspeed=bool(details.get("deepspeed")))
     stand_alone()
+    startup.import_bitsandbytes()
     from mmengine.config import Config
     from xtuner.tools import train as xtuner_train
 

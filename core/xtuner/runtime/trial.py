@@ -23,6 +23,7 @@ def measure(folder: Path, asked: dict[str, Any]) -> None:
     model = Path(asked["model"])
     startup.prefetch(model)
     startup.leave_out(Path(asked["config"]).read_text(encoding="utf-8"), model, has_deepspeed=False)
+    startup.import_bitsandbytes()
     import torch
     from mmengine.config import Config
     from mmengine.runner import Runner
