@@ -26,7 +26,9 @@ from core.gpu import devices
 from core.runs.devices import FOLDER_VARIABLE
 
 PARTS: Final = ("speed", "resume", "kill", "full")
-_RESUMED: Final[dict[str, Any]] = {"deepspeed": "deepspeed_zero2", "dropout": 0.0, "steps": 8, "save_every": 8}
+_RESUMED: Final[dict[str, Any]] = {
+    "deepspeed": "deepspeed_zero2", "speed": "auto", "dropout": 0.0, "steps": 8, "save_every": 8,
+}  # fmt: skip
 _KINDS: Final[dict[str, list[tuple[str, str | None]]]] = {
     "lora": [
         ("auto", None), ("auto", "deepspeed_zero2"), ("off", "deepspeed_zero2"), ("off", None),
@@ -46,9 +48,6 @@ began = time.perf_counter()
 done = reshape(sys.argv[1], sys.argv[2], int(sys.argv[3]), accumulative_counts=int(sys.argv[4]), progress=SilentProgress())
 print(json.dumps({"seconds": time.perf_counter() - began, "tensors": done["tensors_verified"], "digest": done["digest"]}))
 """
-_SAVE_MODEL: Final = (
-    "import sys; from pathlib import Path; from benchmarks.training.case import saved_llm; saved_llm(Path(sys.argv[1]))"
-)
 
 
 @dataclass
@@ -127,7 +126,7 @@ def _targets(figures: dict[str, Any]) -> dict[str, tuple[str, float]]:
 
 def _speed(bench: Bench) -> None:
     """One GPU first (both cards at once, a case each), then two: plain data parallel and each ZeRO stage."""
-    ranks.in_child(_SAVE_MODEL, str(bench.model))
+    ranks.in_child(ranks.SAVE_MODEL, str(bench.model))
     for method in _KINDS if bench.cards else ("lora",):
         sides = ("off", "auto") if bench.cards else ("off",)
         single = _one_each(bench, method, sides) if bench.has_time(f"{method}_1", 45) else {}
@@ -236,7 +235,7 @@ def _kill(bench: Bench) -> None:
     """kill -9 of rank 1: the run must fail soon, leave no memory, and go on from its last checkpoint."""
     if not bench.has_time("kill", 80):
         return
-    setting = bench.setting("killed_2", 2, deepspeed="deepspeed_zero2", steps=40, save_every=2, dropout=0.0)
+    setting = bench.setting("killed_2", 2, **_RESUMED | {"steps": 40, "save_every": 2})
     before = ranks.used_bytes()
     run = ranks.begin(setting, bench.model, bench.home)
     ranks.wait_for_iteration(run, 3 * setting.accumulation, seconds=_CASE_SECONDS)
@@ -263,7 +262,7 @@ def _kill(bench: Bench) -> None:
 def _full(bench: Bench) -> None:
     """Full fine-tuning with ZeRO-3 on both cards."""
     if bench.has_time("full_zero3", 80):
-        ranks.in_child(_SAVE_MODEL, str(bench.model))
+        ranks.in_child(ranks.SAVE_MODEL, str(bench.model))
         before = ranks.used_bytes()
         setting = bench.setting("full_stock_2_zero3", 2, method="full", deepspeed="deepspeed_zero3", steps=4, batches=8)
         _note_speed(bench, bench.finish(setting), None, before)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-NEEDS_GPU: Final = frozenset({"train", "deliver_large", "gpu_proof", "kernels", "memory", "multigpu", "watching"})
+NEEDS_GPU: Final = frozenset(
+    {"autotune", "train", "deliver_large", "gpu_proof", "kernels", "memory", "multigpu", "watching"}
+)
 _COMPARE: Final = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
 
 

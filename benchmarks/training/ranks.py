@@ -27,6 +27,10 @@ from core.runs.launch import launch, now_utc
 from core.runs.state import RunStatus, read_status
 
 ENTRY: Final = "core.xtuner.runtime.entry"
+SAVE_MODEL: Final = (
+    "import sys; from pathlib import Path; from benchmarks.training.case import saved_llm; saved_llm(Path(sys.argv[1]))"
+)
+"""For `in_child`: write the random weights into the model's folder."""
 _HOOKS: Final = (
     "from mmengine.hooks import CheckpointHook, DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook\n"
     "default_hooks = dict(timer=dict(type=IterTimerHook), logger=dict(type=LoggerHook, log_metric_by_epoch=False, interval=50), "
