@@ -38,8 +38,7 @@ def tuned(shape: str, gpu: str | None) -> Result:
         text = config_source(case, model, home).replace("type=random_llm", "type=AutoModelForCausalLM.from_pretrained")
         text = text.replace("launcher = 'pytorch'", "launcher = 'none'")
         config = home / "lora.py"
-        named = f"max_length = {case.length}\nbatch_size = {case.batch}\naccumulative_counts = {case.accumulation}\n"
-        write_text(config, named + text)
+        write_text(config, text)
         project = create_project(home, "project")
         began = time.perf_counter()
         table = measure(str(project.root), str(config), gpu, sys.executable, SilentProgress())

@@ -1,6 +1,6 @@
 """Two GPUs against one: speed and memory for each method and ZeRO stage, stop → 1 GPU → 2 GPUs through reshaping, a killed rank.
 
-`python -m benchmarks.multigpu [--shape 1.8b] [--parts speed resume kill full] [--seconds 460]`; with `--shape tiny` it runs on
+`python -m benchmarks.multigpu [--shape 1.8b] [--parts speed resume kill full large] [--seconds 460]`; with `--shape tiny` it runs on
 the CPU with two gloo ranks. Cases that no longer fit into the time are left out and named.
 """
 
@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,23 +20,16 @@ from typing import Any, Final
 from benchmarks.result import NoGpu, Result
 from benchmarks.training import ranks
 from benchmarks.training.case import make_model_folder
+from benchmarks.training.pace_cases import FULL, LARGE, SPEED, PaceCase, train_each
 from benchmarks.training.ranks import Outcome, Setting
 from core.checkpoints.inspect import inspect_checkpoint, list_checkpoints, newest_complete
 from core.gpu import devices
 from core.runs.devices import FOLDER_VARIABLE
 
-PARTS: Final = ("speed", "resume", "kill", "full")
+PARTS: Final = ("speed", "resume", "kill", "full", "large")
 _RESUMED: Final[dict[str, Any]] = {
     "deepspeed": "deepspeed_zero2", "speed": "auto", "dropout": 0.0, "steps": 8, "save_every": 8,
 }  # fmt: skip
-_KINDS: Final[dict[str, list[tuple[str, str | None]]]] = {
-    "lora": [
-        ("auto", None), ("auto", "deepspeed_zero2"), ("off", "deepspeed_zero2"), ("off", None),
-        ("off", "deepspeed_zero3"), ("off", "deepspeed_zero1"),
-    ],
-    "qlora": [("auto", None), ("auto", "deepspeed_zero2"), ("off", "deepspeed_zero2")],
-}  # fmt: skip
-"""Method → speed layer and DeepSpeed config on two GPUs, the most telling first."""
 _CASE_SECONDS: Final = 100.0
 """Longest that one run may take."""
 _RESHAPE: Final = """
@@ -104,10 +97,12 @@ def measure(shape: str, parts: tuple[str, ...], seconds: float) -> Result:
         model = make_model_folder(shape, Path(tempfile.gettempdir()) / f"danlu_bench_{shape}")
         bench = Bench(shape, cards, model, home, time.monotonic() + seconds)
         bench.note(shape=shape, cards=len(cards), card=next((d.name for d in devices()), "cpu"))
-        work: dict[str, Callable[[Bench], None]] = {"resume": _resume, "kill": _kill, "speed": _speed, "full": _full}
-        for name, part in work.items():
+        for name, part in (("resume", _resume), ("kill", _kill)):
             if name in parts:
                 part(bench)
+        paced = {"speed": SPEED, "full": FULL, "large": LARGE}
+        if cases := tuple(case for name, some in paced.items() if name in parts for case in some):
+            _pace(bench, cases)
         bench.note(failed=sum(key.endswith("_error") for key in bench.figures))
         bench.note(left_out=", ".join(bench.left_out), seconds=round(seconds - bench.deadline + time.monotonic(), 1))
     return Result(bench.figures, _targets(bench.figures))
@@ -117,6 +112,7 @@ def _targets(figures: dict[str, Any]) -> dict[str, tuple[str, float]]:
     known: dict[str, tuple[str, float]] = {
         key: (">=", 0.92) for key in figures if key.endswith("_efficiency") and "zero3" not in key
     }
+    known |= {key: ("<=", 0.1) for key in figures if key.endswith("_budget_off")}
     known |= {key: ("<", 64.0) for key in figures if key.endswith("_left_mib")}
     known |= {key: ("<=", 30.0) for key in figures if key == "killed_rank_noticed_seconds"}
     known["failed"] = ("==", 0)
@@ -124,55 +120,13 @@ def _targets(figures: dict[str, Any]) -> dict[str, tuple[str, float]]:
     return known
 
 
-def _speed(bench: Bench) -> None:
-    """One GPU first (both cards at once, a case each), then two: plain data parallel and each ZeRO stage."""
-    ranks.in_child(ranks.SAVE_MODEL, str(bench.model))
-    for method in _KINDS if bench.cards else ("lora",):
-        sides = ("off", "auto") if bench.cards else ("off",)
-        single = _one_each(bench, method, sides) if bench.has_time(f"{method}_1", 45) else {}
-        for speed, deepspeed in _KINDS[method]:
-            name = f"{method}_{_side(speed)}_2_{_stage(deepspeed)}"
-            if speed in sides and bench.has_time(name, 35):
-                before = ranks.used_bytes()
-                outcome = bench.finish(bench.setting(name, 2, method=method, speed=speed, deepspeed=deepspeed))
-                _note_speed(bench, outcome, single.get((method, speed)), before)
-
-
-def _one_each(bench: Bench, method: str, sides: tuple[str, ...]) -> dict[tuple[str, str], float]:
-    """Both sides on one GPU each, at the same time."""
-    settings = [
-        replace(bench.setting(f"{method}_{_side(speed)}_1", 1, method=method, speed=speed), gpus=bench.cards[n : n + 1])
-        for n, speed in enumerate(sides)
-    ]
-    runs = [(ranks.begin(setting, bench.model, bench.home), setting) for setting in settings]
-    found: dict[tuple[str, str], float] = {}
-    for (run, setting), speed in zip(runs, sides, strict=True):
-        outcome = ranks.wait(run, setting, seconds=_CASE_SECONDS)
-        if outcome.error:
-            bench.note(**{f"{setting.name}_error": outcome.error})
-        rate = outcome.tokens_per_second_per_rank()
-        if rate:
-            found[method, speed] = rate
-            bench.note(**{f"{setting.name}_tokens_per_second": round(rate)})
-            bench.note(**{f"{setting.name}_peak_gib": outcome.peak_allocated_gib})
-    return found
-
-
-def _note_speed(bench: Bench, outcome: Outcome, single: float | None, before: list[int]) -> None:
-    name, rate = outcome.setting.name, outcome.tokens_per_second_per_rank()
-    if not rate:
-        return
-    cards = [round(value / 2**30, 2) for value in outcome.per_card("memory_used_bytes")]
-    bench.note(
-        **{
-            f"{name}_tokens_per_second_per_gpu": round(rate),
-            f"{name}_efficiency": round(rate / single, 3) if single else None,
-            f"{name}_peak_gib": outcome.peak_allocated_gib,
-            f"{name}_peak_nvml_gib": " / ".join(map(str, cards)),
-            f"{name}_utilization_percent": " / ".join(f"{v:.0f}" for v in outcome.per_card("utilization_percent")),
-            f"{name}_left_mib": ranks.free_after(before),
-        }
-    )
+def _pace(bench: Bench, cases: tuple[PaceCase, ...]) -> None:
+    """Speed and memory of `cases`; on the CPU only LoRA, in fewer ways."""
+    chosen = cases if bench.cards else tuple(case for case in cases if case.method == "lora" and case.shape is None)
+    bench.left_out += train_each(
+        chosen, cards=bench.cards, shape=bench.shape, home=bench.home, note=bench.note,
+        left_seconds=lambda: bench.deadline - time.monotonic(),
+    )  # fmt: skip
 
 
 def _resume(bench: Bench) -> None:
@@ -257,23 +211,6 @@ def _kill(bench: Bench) -> None:
         steps = (saved.iteration or 0) // setting.accumulation + 2
         after = bench.finish(replace(setting, name="after_kill_2", steps=steps, save_every=0, resume=saved.path))
         bench.note(after_kill_complete=int(after.error is None and len(after.lines) == 2 * setting.accumulation))
-
-
-def _full(bench: Bench) -> None:
-    """Full fine-tuning with ZeRO-3 on both cards."""
-    if bench.has_time("full_zero3", 80):
-        ranks.in_child(ranks.SAVE_MODEL, str(bench.model))
-        before = ranks.used_bytes()
-        setting = bench.setting("full_stock_2_zero3", 2, method="full", deepspeed="deepspeed_zero3", steps=4, batches=8)
-        _note_speed(bench, bench.finish(setting), None, before)
-
-
-def _side(speed: str) -> str:
-    return "stock" if speed == "off" else "fast"
-
-
-def _stage(deepspeed: str | None) -> str:
-    return deepspeed.removeprefix("deepspeed_") if deepspeed else "ddp"
 
 
 @contextmanager

@@ -199,6 +199,9 @@ from xtuner.model import SupervisedFinetune
 
 from benchmarks.training.case import random_llm, synthetic_rows
 
+max_length = {length!r}
+batch_size = {batch!r}
+accumulative_counts = {accumulation!r}
 llm = dict(
     type=random_llm,
     pretrained_model_name_or_path={folder!r},
@@ -218,16 +221,16 @@ model = dict(
 )
 train_dataset = dict(
     type=process_hf_dataset, dataset=dict(type=synthetic_rows, case={case!r}), do_dataset_tokenization=False,
-    max_length={length!r}, remove_unused_columns=True, shuffle_before_pack=False, pack_to_max_length=True, map_num_proc=1,
+    max_length=max_length, remove_unused_columns=True, shuffle_before_pack=False, pack_to_max_length=True, map_num_proc=1,
 )
 train_dataloader = dict(
-    batch_size={batch!r}, num_workers=0, dataset=train_dataset, sampler=dict(type=DefaultSampler, shuffle=True, seed=11),
+    batch_size=batch_size, num_workers=0, dataset=train_dataset, sampler=dict(type=DefaultSampler, shuffle=True, seed=11),
     collate_fn=dict(type=default_collate_fn, use_varlen_attn=False),
 )
 optim_wrapper = dict(
     type=AmpOptimWrapper, loss_scale='dynamic', dtype='bfloat16',
     optimizer=dict(type=AdamW, lr={learning_rate!r}, betas=(0.9, 0.999), weight_decay=0),
-    clip_grad=dict(max_norm=1, error_if_nonfinite=False), accumulative_counts={accumulation!r},
+    clip_grad=dict(max_norm=1, error_if_nonfinite=False), accumulative_counts=accumulative_counts,
 )
 if not {with_amp!r}:
     optim_wrapper['type'] = OptimWrapper

@@ -10,11 +10,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.training.case import Case, config_source
+from benchmarks.training.held_entry import go_file, ready_file
 from core.config.source import ConfigSource
 from core.errors import ConflictError
 from core.files import write_text
@@ -22,11 +25,13 @@ from core.gpu import devices
 from core.launchers.local import command
 from core.runs import processes
 from core.runs.control import request_stop
+from core.runs.devices import FOLDER_VARIABLE
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.launch import launch, now_utc
 from core.runs.state import RunStatus, read_status
 
 ENTRY: Final = "core.xtuner.runtime.entry"
+HELD_ENTRY: Final = "benchmarks.training.held_entry"
 SAVE_MODEL: Final = (
     "import sys; from pathlib import Path; from benchmarks.training.case import saved_llm; saved_llm(Path(sys.argv[1]))"
 )
@@ -138,18 +143,19 @@ def write_config(setting: Setting, model: Path, folder: Path) -> str:
     if "zero3" in str(setting.deepspeed):  # made on the spot, the model could not be cut while it is made
         text = text.replace("type=random_llm", "type=AutoModelForCausalLM.from_pretrained")
     source = ConfigSource(text)
-    source = source.set("optim_wrapper.accumulative_counts", setting.accumulation)
+    source = source.set("accumulative_counts", setting.accumulation)
     source = source.set("train_cfg.max_iters", setting.steps * setting.accumulation)
     if setting.method == "full":
         source = source.delete("model.lora")
     return source.text
 
 
-def begin(setting: Setting, model: Path, home: Path, *, text: str | None = None) -> RunDirectory:
-    """Start a run detached; `text`: another config than the setting's own."""
+def begin(setting: Setting, model: Path, home: Path, *, text: str | None = None, is_held: bool = False) -> RunDirectory:
+    """Start a run detached. `text`: another config than the setting's own; `is_held`: it trains after `let_go`."""
     folder = home / setting.name
     write_text(folder / "source/config.py", text or write_config(setting, model, folder))
     started = command(sys.executable, folder, gpus=setting.gpus, world_size=setting.world_size, is_local=True)
+    argv = [HELD_ENTRY if is_held and part == ENTRY else part for part in started.argv]
     root = str(Path(__file__).parents[2])
     details = {
         "config": {"name": "config"},
@@ -163,10 +169,38 @@ def begin(setting: Setting, model: Path, home: Path, *, text: str | None = None)
         "resume": str(setting.resume) if setting.resume else None,
     }
     spec = RunSpec(
-        id=setting.name, kind="train", title=setting.name, argv=started.argv, cwd=root, env=started.env,
+        id=setting.name, kind="train", title=setting.name, argv=argv, cwd=root, env=started.env,
         gpus=list(setting.gpus), created_at=now_utc(), details=details,
     )  # fmt: skip
-    return launch(home, spec)
+    # One that is held does not use the cards yet, and must not keep others from them.
+    with _devices(folder / "devices") if is_held else nullcontext():
+        return launch(home, spec)
+
+
+@contextmanager
+def _devices(folder: Path) -> Iterator[None]:
+    """Runs that begin meanwhile note in `folder` what they hold."""
+    kept = os.environ[FOLDER_VARIABLE]
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ[FOLDER_VARIABLE] = kept
+
+
+def wait_until_ready(run: RunDirectory, setting: Setting, *, seconds: float) -> bool:
+    """Whether every rank of a held run has imported before it ended or `seconds` had passed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and read_status(run).phase.is_active:
+        if all(ready_file(run.path, rank).exists() for rank in range(setting.world_size)):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def let_go(run: RunDirectory) -> None:
+    """Let a held run train."""
+    go_file(run.path).touch()
 
 
 def wait(run: RunDirectory, setting: Setting, *, seconds: float) -> Outcome:
