@@ -109,10 +109,15 @@ def train(project: Project, request: TrainRequest, *, stop_at: int | None = None
 
 def stopping_config(config: Path, after: int) -> Path:
     """A copy of `config` beside it that asks for a stop when `after` iterations are done, however fast they are."""
-    text = config.read_text(encoding="utf-8")
-    copy = config.with_name(f"{config.stem}_stops.py")
-    hook = f"from tests.stopping import AskToStop\ncustom_hooks.append(dict(type=AskToStop, after={after}))\n"
-    copy.write_text(f"{text}\n{hook}", encoding="utf-8")
+    return hooked_config(config, "stopping.AskToStop", after=after)
+
+
+def hooked_config(config: Path, hook: str, **options: Any) -> Path:
+    """A copy of `config` beside it with one more hook, `module.Class` of `tests`."""
+    module, _, name = hook.partition(".")
+    copy = config.with_name(f"{config.stem}_{module}.py")
+    lines = f"from tests.{module} import {name}\ncustom_hooks.append(dict(type={name}, **{options}))\n"
+    copy.write_text(f"{config.read_text(encoding='utf-8')}\n{lines}", encoding="utf-8")
     return copy
 
 

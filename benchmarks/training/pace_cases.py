@@ -69,6 +69,7 @@ SPEED: Final = (
     PaceCase("lora", "auto", 1),
     PaceCase("lora", "auto", 2),
     PaceCase("lora", "auto", 2, _ZERO_2),
+    PaceCase("qlora", "off", 1),
     PaceCase("qlora", "auto", 1),
     PaceCase("qlora", "auto", 2),
     PaceCase("qlora", "auto", 2, _ZERO_2),

@@ -20,7 +20,7 @@ class Saving:
     waited_seconds: float = 0.0
     """Training stood still in all: for the copies, or for the writing."""
     why: str | None = None
-    """Why training stood still for the writing: `memory` or `deepspeed`."""
+    """Why training stood still for the writing: `memory`, `deepspeed` (on several machines) or `writer` (DeepSpeed's own)."""
 
     def add(self, waited_seconds: float, *, is_behind: bool) -> None:
         self.count += 1

@@ -1,8 +1,8 @@
 """Saves checkpoints so that one that was not finished is never taken for one that was. Runs in the trainer's process.
 
-They are written behind the training: the step waits for a copy in memory, not for the disk. Not with DeepSpeed on several ranks,
-where one checkpoint is whole only when every rank has written its part: that would take a word between the ranks in the middle of
-a later step. Nor where memory is short of a copy.
+They are written behind the training: the step waits for a copy in memory, not for the disk. With DeepSpeed every rank writes its
+part, and their threads tell one another when it is done. Not on several machines, whose folders may be on different disks. Nor
+where memory is short of a copy.
 """
 
 import time
@@ -17,11 +17,16 @@ from mmengine.hooks import CheckpointHook
 from core.files import write_json, write_text
 from core.runs.saving import SAVING_FILE, Saving
 from core.xtuner.runtime import snapshot
-from core.xtuner.runtime.whole import PARTIAL, remove, write_alone, write_whole
+from core.xtuner.runtime.ranks import Alone, Ranks, is_one_machine, new_group
+from core.xtuner.runtime.whole import PARTIAL, remove, remove_unfinished, write_together, write_whole
 
 _RANDOM: Final = "danlu_random_state"
 _BEST: Final = "danlu_best"
 """In the message hub: the iteration of the best checkpoint, and which ones were saved only for being the best."""
+_REASONS: Final = {
+    "deepspeed": "the ranks of several machines save together",
+    "writer": "the DeepSpeed config names a writer of its own",
+}
 
 
 class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
@@ -32,7 +37,7 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
 
     The best checkpoint by validation loss is kept beside the `max_keep_ckpts` newest.
 
-    What fails while it writes behind the training (a full disk) is raised at the next iteration, save or end.
+    What fails while it writes behind the training (a full disk) is raised at the next iteration, save or end, on every rank that wrote.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -42,6 +47,10 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
         self._writing: Future[None] | None = None
         self._saving = Saving()
         self._reusable_bytes = 0
+        self._ranks: Ranks | Alone = Alone()
+        """With whom a checkpoint is written behind the training."""
+        self._must_wait: str | None = None
+        """Why it is not."""
         self.saved_iteration: int | None = None
         """Iteration of the last checkpoint of this process."""
         self._best: int | None = None
@@ -62,9 +71,24 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
+        if is_main_process():
+            remove_unfinished(Path(self.out_dir))
+        self._meet(runner)
         if runner.iter > 0 and _RANDOM in runner.message_hub.runtime_info:
             self._restored = runner.message_hub.get_info(_RANDOM)
         self._recall(runner)
+
+    def _meet(self, runner: Any) -> None:
+        """Find out how the ranks of DeepSpeed save, the same on all."""
+        engine = engine_of(runner)
+        if engine is None or get_world_size() == 1:
+            return
+        if not snapshot.is_plain(engine):
+            self._must_wait = "writer"
+        elif not is_one_machine():
+            self._must_wait = "deepspeed"
+        else:
+            self._ranks = Ranks(new_group())
 
     def _recall(self, runner: Any) -> None:
         """What a resumed checkpoint knew of the best, before anything new is noted: hooks that begin sooner may mark one."""
@@ -110,9 +134,9 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         # The hub is saved with plain and DeepSpeed checkpoints alike, and rank 0's states are every rank's.
         runner.message_hub.update_info(_RANDOM, random_state())
-        if engine_of(runner) is not None and get_world_size() > 1:
+        if self._must_wait:
             write_whole(partial, target, lambda: self._save(runner, partial.name, meta))
-            self._wait_because(runner, "deepspeed")
+            self._wait_because(runner, self._must_wait, _REASONS[self._must_wait])
             is_written = True
         else:
             is_written = not self._write_behind(runner, partial, target, stale, meta)
@@ -125,41 +149,45 @@ class WholeCheckpointHook(CheckpointHook):  # type: ignore[misc]
         begun = time.perf_counter()
         self.wait()
         files = self._capture(runner, partial, meta)
-        if not files:  # rank 0 writes
+        if not files and isinstance(self._ranks, Alone):  # rank 0 writes
             return True
-        taken = snapshot.take(files, reusable_bytes=self._reusable_bytes)
+        taken = snapshot.take(files, reusable_bytes=self._reusable_bytes, gather=self._ranks.gather)
         if not taken.is_copy:
-            self._wait_because(runner, "memory", taken)
-            write_alone(partial, target, taken.write)
+            gib = [f"{(size or 0) / 2**30:.1f} GiB" for size in (taken.need_bytes, taken.available_bytes)]
+            self._wait_because(runner, "memory", f"a copy takes {gib[0]} of memory, {gib[1]} are free")
+            write_together(self._ranks, partial, target, taken.write)
             return False
-        self._reusable_bytes = taken.need_bytes if taken.copied is not None else 0
+        self._reusable_bytes = taken.own_bytes if taken.copied is not None else 0
         work_dir, waited_seconds = runner.work_dir, time.perf_counter() - begun
 
         def write() -> None:
-            write_alone(partial, target, taken.write)
-            self._note(work_dir, target, stale, waited_seconds, is_behind=True)
+            write_together(self._ranks, partial, target, taken.write)
+            if self._ranks.is_first:
+                self._note(work_dir, target, stale, waited_seconds, is_behind=True)
 
         self._writing = self._pool.submit(write)
         return True
 
     def _capture(self, runner: Any, partial: Path, meta: dict[str, Any]) -> snapshot.Files:
-        if is_main_process():
-            remove(partial)
+        def save() -> None:
+            self._save(runner, partial.name, meta)
+
+        self._ranks.together(lambda: remove(partial) if is_main_process() else None)
         engine = engine_of(runner)
         if engine is None:
-            return snapshot.of_runner(lambda: self._save(runner, partial.name, meta), partial)
-        return snapshot.of_engine(lambda: self._save(runner, partial.name, meta), engine)
+            return snapshot.of_runner(save, partial)
+        try:
+            return snapshot.of_engine(save, engine)
+        except BaseException:
+            if is_main_process():
+                remove(partial)
+            raise
 
-    def _wait_because(self, runner: Any, why: str, taken: snapshot.Snapshot | None = None) -> None:
+    def _wait_because(self, runner: Any, why: str, reason: str) -> None:
         """Say once why training stands still while it is saved."""
-        if self._saving.why == why:
-            return
-        self._saving.why = why
-        reason = "DeepSpeed saves on all ranks together"
-        if taken is not None:
-            gib = [f"{(size or 0) / 2**30:.1f} GiB" for size in (taken.need_bytes, taken.available_bytes)]
-            reason = f"a copy takes {gib[0]} of memory, {gib[1]} are free"
-        runner.logger.info(f"Training waits while checkpoints are written: {reason}.")
+        if self._saving.why != why:
+            self._saving.why = why
+            runner.logger.info(f"Training waits while checkpoints are written: {reason}.")
 
     def _note(
         self, work_dir: str, target: Path, stale: list[int], waited_seconds: float, *, is_behind: bool = False

@@ -1,7 +1,6 @@
 """What the trainer tells the app while it trains, and how it hears a stop: metrics.jsonl, samples.jsonl, stop.request."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +12,8 @@ from torch import distributed
 
 from core.runs.pace import Pace
 from core.xtuner.runtime.checkpoint import WholeCheckpointHook
+from core.xtuner.runtime.ranks import new_group
 
-_INTERFACE: Final = "GLOO_SOCKET_IFNAME"
 _WINDOW_SECONDS: Final = 45.0
 """How long a stop waits for the end of the accumulation window, whose gradients no checkpoint holds."""
 
@@ -44,7 +43,7 @@ class LiveHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Any) -> None:
         del runner
         if get_world_size() > 1:
-            self._group = host_group()
+            self._group = distributed.group.WORLD if distributed.get_backend() == "gloo" else new_group()
         if get_rank() == 0:
             self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until after_train
 
@@ -155,22 +154,6 @@ class StopHook(Hook):  # type: ignore[misc]
             find(runner, WholeCheckpointHook).save_now(runner)
             runner.train_loop.stop_training = True
         live.mark()
-
-
-def host_group() -> Any:
-    """A gloo group of all ranks, as XTuner makes one to tokenise; on one machine by its loopback, whatever its name resolves to."""
-    if distributed.get_backend() == "gloo":
-        return distributed.group.WORLD
-    kept = os.environ.get(_INTERFACE)
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(get_world_size()):
-        os.environ[_INTERFACE] = "lo"
-    try:
-        return distributed.new_group(backend="gloo")
-    finally:
-        if kept is not None:
-            os.environ[_INTERFACE] = kept
-        else:
-            os.environ.pop(_INTERFACE, None)
 
 
 def gradient_norm(runner: Any) -> float | None:

@@ -4,6 +4,7 @@ Knows what mmengine's runner and DeepSpeed's engine would write and how much mem
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from core.environment.probe import memory
 
 _RESERVE_BYTES: Final = 2**30
-"""Left free beside the copy: what torch.save, the data loader and the rest of the machine need meanwhile."""
+"""Left free beside each rank's copy: what torch.save, the data loader and the rest of the machine need meanwhile."""
 _MOST_PINNED: Final = 0.25
 """Share of the free memory that may be page-locked: pages that can never be swapped out are a burden to everything else."""
 
@@ -28,7 +29,10 @@ class Snapshot:
 
     files: Files
     is_copy: bool
+    own_bytes: int
+    """What the tensors of this rank take."""
     need_bytes: int
+    """What those of all ranks take."""
     available_bytes: int | None
     """Of memory, when it was taken; None if the machine does not say."""
     copied: Any = None
@@ -42,21 +46,24 @@ class Snapshot:
             dump(content, file)
 
 
-def take(files: Files, *, reusable_bytes: int = 0) -> Snapshot:
+def take(files: Files, *, reusable_bytes: int = 0, gather: Callable[[Any], list[Any]]) -> Snapshot:
     """A copy of `files`, or `files` themselves if memory is short.
 
-    reusable_bytes: pinned memory of an earlier snapshot, which torch keeps for the next one.
+    reusable_bytes: pinned memory of an earlier snapshot, which torch keeps for the next one. gather: what every rank of this
+    machine says, where each copies its part of a checkpoint: they share the memory, so that all of them copy, or none.
     """
     distinct = {_key(tensor): tensor for tensor in tensors(files)}
-    need = sum(tensor.nbytes for tensor in distinct.values())
-    available = memory()["available_bytes"]
-    if available is not None and need + _RESERVE_BYTES > available + reusable_bytes:
-        return Snapshot(files, False, need, available)
-    is_pinned = torch.cuda.is_available() and (available is None or need < _MOST_PINNED * available + reusable_bytes)
+    own = sum(tensor.nbytes for tensor in distinct.values())
+    needs, frees, reusables = zip(*gather([own, memory()["available_bytes"], reusable_bytes]), strict=True)
+    need, reusable = sum(needs), sum(reusables)
+    available = min((free for free in frees if free is not None), default=None)
+    if available is not None and need + _RESERVE_BYTES * len(needs) > available + reusable:
+        return Snapshot(files, False, own, need, available)
+    is_pinned = torch.cuda.is_available() and (available is None or need < _MOST_PINNED * available + reusable)
     copies = {key: _copy(tensor, is_pinned=is_pinned) for key, tensor in distinct.items()}
     known = {id(tensor): copies[_key(tensor)] for tensor in tensors(files)}
     held = {file: copy.deepcopy(content, known) for file, content in files.items()}
-    return Snapshot(held, True, need, available, _mark() if is_pinned else None)
+    return Snapshot(held, True, own, need, available, _mark() if is_pinned else None)
 
 
 def of_runner(save: Callable[[], None], file: Path) -> Files:
@@ -82,19 +89,32 @@ def of_runner(save: Callable[[], None], file: Path) -> Files:
 
 
 def of_engine(save: Callable[[], None], engine: Any) -> Files:
-    """What DeepSpeed's `engine` would write on this rank. It makes the folder and puts its own script there itself."""
+    """What DeepSpeed's `engine` would write on this rank. It makes the folder and puts its own script there itself.
+
+    Without the optimizer's states it is mmengine that writes, on rank 0, one file.
+    """
+    from mmengine._strategy import deepspeed as room
+
     files: Files = {}
 
     def take_over(state_dict: Any, path: str) -> None:
         files[Path(path)] = state_dict
 
     writer = engine.checkpoint_engine
-    kept, writer.save = writer.save, take_over
+    kept = writer.save, room.save_checkpoint
+    writer.save = room.save_checkpoint = take_over
     try:
         save()
     finally:
-        writer.save = kept
+        writer.save, room.save_checkpoint = kept
     return files
+
+
+def is_plain(engine: Any) -> bool:
+    """Whether DeepSpeed writes by torch.save, a file by one rank: other writers of its config let several ranks write into one file."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    return isinstance(engine.checkpoint_engine, TorchCheckpointEngine)
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -110,7 +130,7 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def dump(content: Any, file: Path) -> None:
-    """torch.save, but what went wrong with the file is raised.
+    """torch.save onto the disk, but what went wrong with the file is raised.
 
     torch finishes its archive even after a write has failed; that second failure ("unexpected pos") would hide the first.
     """
@@ -121,6 +141,8 @@ def dump(content: Any, file: Path) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _key(tensor: torch.Tensor) -> tuple[Any, ...]:

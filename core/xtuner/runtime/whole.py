@@ -3,26 +3,34 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from mmengine.dist import barrier, is_main_process
 
+from core.xtuner.runtime.ranks import Alone, RankLost, Ranks
+
 PARTIAL: Final = ".partial"
 """Ends the (hidden) name of what is being written or removed: no reader takes it for a checkpoint."""
 
 
-def write_alone(partial: Path, target: Path, write: Callable[[], None]) -> None:
-    """Let this process `write` to `partial`, then give it its name. What a failed write left is removed."""
+def write_together(ranks: Ranks | Alone, partial: Path, target: Path, write: Callable[[], None]) -> None:
+    """Let every rank `write` its part to `partial`; rank 0 gives it its name once all of them have, and are heard.
+
+    For one thread of every rank. It ends alike on all: with the whole checkpoint, or with what failed, here or elsewhere, and
+    nothing left. Only what a lost rank may be writing still is left where it is, under its hidden name.
+    """
     try:
-        write()
-    except BaseException:
-        remove(partial)
+        ranks.together(write)
+        ranks.together(lambda: _give_name(partial, target) if ranks.is_first else None)
+    except RankLost:
         raise
-    _flush(partial)
-    if target.is_dir():
-        remove(target)
-    partial.replace(target)
+    except BaseException:
+        if ranks.is_first:
+            with suppress(OSError):
+                remove(partial)
+        raise
 
 
 def write_whole(partial: Path, target: Path, write: Callable[[], None]) -> None:
@@ -38,10 +46,7 @@ def write_whole(partial: Path, target: Path, write: Callable[[], None]) -> None:
         raise
     barrier()
     if is_main_process():
-        _flush(partial)
-        if target.is_dir():
-            remove(target)
-        partial.replace(target)
+        _give_name(partial, target)
     barrier()
 
 
@@ -52,6 +57,19 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What earlier attempts were killed over, while they wrote or removed it."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        remove(path)
+
+
+def _give_name(partial: Path, target: Path) -> None:
+    _flush(partial)
+    if target.is_dir():
+        remove(target)
+    partial.replace(target)
 
 
 def _flush(path: Path) -> None:

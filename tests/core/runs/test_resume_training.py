@@ -71,7 +71,7 @@ def test_two_ranks_stop_one_goes_on_and_the_model_is_delivered(tmp_path: Path) -
     assert saving is not None
     assert together is not None
     assert saving.behind == saving.count > 0, "one rank alone writes while it trains"
-    assert (together.behind, together.why) == (0, "deepspeed")
+    assert together.behind == together.count > 0, "and so do two"
     # Two micro-batches of the one rank are one of the two ranks: the curve goes on as if nothing had happened.
     means = {step // 2: (one.losses[step - 1] + one.losses[step]) / 2 for step in one.losses if step % 2 == 0}
     assert first.losses | means == pytest.approx(whole.losses, rel=1e-6)

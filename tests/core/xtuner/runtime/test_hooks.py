@@ -1,13 +1,9 @@
 """What the hooks of a training ask the disk for. Time here is counted, not waited for."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 from core.runs.pace import Pace
-from core.xtuner.runtime import hooks
 from core.xtuner.runtime.hooks import LiveHook, StopHook
 from tests.slow_disk import Clock, SlowDisk
 
@@ -34,23 +30,3 @@ def test_where_the_disk_answers_at_once_every_step_looks_and_the_first_after_the
     (tmp_path / "stop.request").touch()
     hook.before_train_iter(runner, runner.iter + 1)
     assert live.will_stop, "iteration 10 ends a window"
-
-
-@pytest.mark.parametrize(("local_ranks", "interface"), [("2", "lo"), ("1", "eth7")])
-def test_ranks_tell_their_losses_past_the_gpus(
-    monkeypatch: pytest.MonkeyPatch, local_ranks: str, interface: str
-) -> None:
-    """On one machine by its loopback; between machines by the interface that the person named."""
-    from torch import distributed
-
-    made = list[tuple[str, str]]()
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_ranks)
-    monkeypatch.setattr(hooks, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "get_backend", lambda: "nccl")
-    monkeypatch.setattr(
-        distributed, "new_group", lambda backend: made.append((backend, os.environ["GLOO_SOCKET_IFNAME"])) or "group"
-    )
-    assert hooks.host_group() == "group"
-    assert made == [("gloo", interface)]
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"

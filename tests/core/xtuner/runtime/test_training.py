@@ -21,7 +21,8 @@ from core.runs.validation import best_of, early_end
 from core.xtuner.runtime.speed.parts import read_reports
 from tests.core.chat.conftest import wait_for
 from tests.models import write_tiny_internlm2, write_tiny_llama, write_tiny_qwen2
-from tests.training import Trained, make_project, train, validate_on
+from tests.saving import OWN, assert_same
+from tests.training import Trained, hooked_config, make_project, train, validate_on
 
 pytestmark = pytest.mark.engine
 
@@ -143,23 +144,34 @@ def test_deepspeed_on_two_processes_trains_and_resumes(tmp_path: Path) -> None:
     options = {"deepspeed": "deepspeed_zero2", "cpu_processes": 2}
     # Both micro-batches of a window at once, and samples that see each other as in stock XTuner.
     seeing = {"parts": ["fast_pass", "grouped_micro_batches", "selective_recomputation"], "tokens_per_pass": 128}
-    whole = train(project, TrainRequest(config=config, name="whole", speed=seeing, **options))
+    twice = hooked_config(config, "saving.SaveTwice", after=4)
+    whole = train(project, TrainRequest(config=twice, name="whole", speed=seeing, **options))
     assert whole.status.exit_code == 0, whole.log[-3000:]
     assert all(line["tokens"] == 128 for line in whole.lines), "tokens of both processes"
     assert any(line["grad_norm"] for line in whole.lines)
     saved = whole.run.path / "iter_4.pth"
     card = inspect_checkpoint(saved)
     assert (card.is_complete, card.world_size, card.stage) == (True, 2, 2)
+    assert_same(saved, whole.run.path / OWN)
     rest = train(project, TrainRequest(config=config, name="rest", resume=saved, seed=None, speed=seeing, **options))
     assert rest.status.exit_code == 0, rest.log[-3000:]
     assert rest.losses == {step: loss for step, loss in whole.losses.items() if step > 4}
     assert "2 micro-batches, 128 tokens in a pass" in whole.log
-    stock = train(project, TrainRequest(config=config, name="stock", speed="off", **options))
+    apart = hooked_config(config, "saving.ManyMachines")
+    stock = train(project, TrainRequest(config=apart, name="stock", speed="off", **options))
     assert stock.losses == pytest.approx(whole.losses, abs=1e-4)
     # By the fast pass and by the stock one, over the rows of both processes.
     assert stock.validations == pytest.approx(whole.validations, abs=1e-4)
     assert len(whole.validations) >= 3
     assert rest.validations == {step: loss for step, loss in whole.validations.items() if step > 4}
+    # On one machine the ranks write behind the training; several wait until all have written.
+    behind, together = read_saving(whole.run.path), read_saving(stock.run.path)
+    assert behind is not None
+    assert together is not None
+    assert (behind.count, behind.behind, behind.why) == (2, 2, None)
+    assert (together.count, together.behind, together.why) == (2, 0, "deepspeed")
+    assert all(inspect_checkpoint(stock.run.path / f"iter_{step}.pth").is_complete for step in (4, max(stock.losses)))
+    assert not [*whole.run.path.glob(".*partial"), *stock.run.path.glob(".*partial")]
     moved = [line["iteration"] for line in stock.lines if line["grad_norm"]]
     assert moved == [line["iteration"] for line in whole.lines if line["grad_norm"]]
 
