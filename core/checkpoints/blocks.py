@@ -4,6 +4,7 @@ Memory is two blocks, whatever the tensor. A block's product B·A is formed at o
 over slices that stay in the processor's cache.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -15,7 +16,9 @@ from core.checkpoints.lora import Change, LoadedPair, load_pair
 from core.checkpoints.tensors import NUMPY_TYPES, Array, DiskTensor, is_finite, narrow, widen, widen_into
 
 BLOCK_ELEMENTS: Final = 1 << 21
-_SLICE_ELEMENTS: Final = 1 << 16
+_SLICE_ELEMENTS: Final = 1 << (16 if (os.cpu_count() or 2) < 8 else 18)
+"""Few processors: what stays nearest to them is fastest. Many: threads wait for each other at every slice, and larger ones make fewer
+(in memory 2.2 instead of 1.6 GB/s on 32 cores, 0.7 instead of 0.8 on two)."""
 Floats = NDArray[np.float32]
 
 
