@@ -24,7 +24,7 @@ from core.config.library import open_draft as open_config
 from core.config.recipes import RECIPES, apply
 from core.config.source import ConfigSource
 from core.data.generate import Assistant, write_assistant
-from core.environment.doctor import examine
+from core.environment.doctor import last_report, run_examination
 from core.environment.report import Status
 from core.errors import DanluError, JobError
 from core.files import read_json
@@ -35,6 +35,7 @@ from core.runs.directory import RunDirectory
 from core.runs.job import SilentProgress
 from core.runs.launch import start_job
 from core.runs.metrics import MetricsReader
+from core.runs.progress import recent_loss
 from core.runs.request import TrainRequest
 from core.runs.state import Phase, read_status
 from core.runs.train import start_training
@@ -80,7 +81,9 @@ def journey(home: Path, *, rows: int = 150, steps: int = 40) -> Report:
         project = create_project(home, f"demo_{time.strftime('%Y%m%d_%H%M%S')}")
         said.append(str(project.root))
     with report.step("environment") as said:
-        examined = examine(Path(sys.executable), project.root, SilentProgress())
+        run_examination(sys.executable, str(project.root), SilentProgress())
+        examined = last_report(project.root)
+        assert examined is not None  # it was just written
         said.append(
             f"{examined.count(Status.GREEN)} green, {examined.count(Status.AMBER)} amber, {examined.count(Status.RED)} red"
         )
@@ -104,12 +107,9 @@ def journey(home: Path, *, rows: int = 150, steps: int = 40) -> Report:
         run = start_training(project, TrainRequest(config=config, name="demo"))
         wait(run)
         metrics = MetricsReader(run.metrics_file).refresh()
-        report.facts |= {
-            "steps": len(metrics),
-            "first_loss": float(metrics["loss"][0]),
-            "last_loss": float(metrics["loss"][-1]),
-        }
-        said.append(f"{len(metrics)} steps, loss {report.facts['first_loss']:.2f} → {report.facts['last_loss']:.3f}")
+        first, last = recent_loss(metrics, until=1), recent_loss(metrics)
+        report.facts |= {"steps": len(metrics), "first_loss": first, "last_loss": last}
+        said.append(f"{len(metrics)} steps, loss {_figure(first)} → {_figure(last)} (10-step mean)")
     with report.step("merge") as said:
         checkpoint = newest_complete(list_checkpoints(run.path))
         if checkpoint is None:
@@ -125,6 +125,10 @@ def journey(home: Path, *, rows: int = 150, steps: int = 40) -> Report:
         report.facts["answer"] = ask(project, Path(result["model"]), QUESTION)
         said.append(f"{QUESTION} — {report.facts['answer']}")
     return report
+
+
+def _figure(loss: float | None) -> str:
+    return "no number" if loss is None else f"{loss:.3f}"
 
 
 def write_config(project: Project, model: Path, data: Path, steps: int) -> Path:

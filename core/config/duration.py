@@ -4,12 +4,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from core.config.edits import method_of
 from core.config.findings import Context, iterations_per_epoch, number
-from core.config.memory.comparison import card_of
+from core.config.memory.comparison import card_among
 from core.config.memory.shape import read_shape
 from core.config.source import ConfigSource
 from core.config.validation import added_time
@@ -17,8 +18,8 @@ from core.errors import DanluError
 from core.files import read_json, write_json
 from core.models.inspect import fingerprint
 from core.project import Project
-from core.runs.directory import RunDirectory
-from core.runs.jobs import list_runs
+from core.runs.directory import RunDirectory, RunSpec
+from core.runs.jobs import Listed
 from core.runs.metrics import merge_resumes, parse
 from core.runs.pace import ask_all
 from core.runs.progress import tokens_per_second
@@ -26,6 +27,8 @@ from core.runs.utilisation import peak_flops
 
 _TAIL_BYTES: Final = 256 * 1024
 _RUNS_ASKED: Final = 30
+_RUNS_MEASURED: Final = 5
+_CARDS_KEPT: Final = 1000
 _WARM_STEPS: Final = 4
 _UTILISATION: Final = {False: (0.15, 0.4), True: (0.3, 0.6)}
 """Share of that which a training reaches: stock, and with the speed layer. A guess, and said to be one."""
@@ -56,9 +59,9 @@ class Duration:
 
 
 def estimate_duration(
-    project: Project, source: ConfigSource, context: Context, *, card: str | None, is_fast: bool
+    runs: Sequence[Listed], source: ConfigSource, context: Context, *, card: str | None, is_fast: bool
 ) -> Duration | None:
-    """`card`: name of the GPU, None on a CPU. None without a data file."""
+    """`runs`: those of the project, the latest first. `card`: name of the GPU, None on a CPU. None without a data file."""
     per_epoch = iterations_per_epoch(source, context)
     epochs = source.effective("max_epochs")
     if per_epoch is None or not isinstance(epochs, int | float):
@@ -68,7 +71,7 @@ def estimate_duration(
     micro = int(number(source, "batch_size", 1) * number(source, "max_length", 2048) * context.world_size)
     size = ((few, most), (max(1, few // counts), max(1, most // counts)), micro * counts)
     all_of_it = 1 + added_time(source, context)
-    paces = _measured(project, source, context, card)
+    paces = _measured(runs, source, context, card)
     if paces:
         pace = statistics.median(paces.values())
         return Duration(*size, (few * micro / pace * all_of_it, most * micro / pace * all_of_it), "runs", tuple(paces))
@@ -79,35 +82,42 @@ def estimate_duration(
     return Duration(*size, (few * micro / fast * all_of_it, most * micro / slow * all_of_it), "guess")
 
 
-def _measured(project: Project, source: ConfigSource, context: Context, card: str | None) -> dict[str, float]:
+def _measured(runs: Sequence[Listed], source: ConfigSource, context: Context, card: str | None) -> dict[str, float]:
     """Tokens a second of the latest runs with this model, method, card and number of ranks; run id → pace."""
     if context.model is None:
         return {}
     wanted = {"method": method_of(source), "world_size": context.world_size, "deepspeed": context.deepspeed}
     model = fingerprint(context.model.path)
     found: dict[str, float] = {}
-    runs = list_runs(project)[:_RUNS_ASKED]
-    for run, details in zip(runs, ask_all(_details, runs), strict=True):
-        if details is None or any(details.get(key) != value for key, value in wanted.items()):
+    asked = list(runs[:_RUNS_ASKED])
+    for listed, spec in zip(asked, ask_all(Listed.spec, asked), strict=True):
+        if spec is None or any(spec.details.get(key) != value for key, value in wanted.items()):
             continue
-        if (details.get("base_model") or {}).get("fingerprint") != model or _card(run) != card:
+        if (spec.details.get("base_model") or {}).get("fingerprint") != model or _card(listed.run, spec) != card:
             continue
-        pace = _pace(run.metrics_file)
+        pace = _pace(listed.run.metrics_file)
         if pace is not None:
-            found[run.id] = pace
-    return dict(list(found.items())[:5])
+            found[listed.run.id] = pace
+        if len(found) == _RUNS_MEASURED:
+            break
+    return found
 
 
-def _details(run: RunDirectory) -> dict[str, Any] | None:
+def _card(run: RunDirectory, spec: RunSpec) -> str | None:
     try:
-        return run.spec().details
-    except (DanluError, OSError):
+        return _noted_card(run, tuple(spec.gpus), spec.created_at) if spec.gpus else None
+    except LookupError:
         return None
 
 
-def _card(run: RunDirectory) -> str | None:
-    found = card_of(run)
-    return found.name if found else None
+@lru_cache(maxsize=_CARDS_KEPT)
+def _noted_card(run: RunDirectory, gpus: tuple[str, ...], created_at: str) -> str:
+    """Once the run's supervisor has noted it, it stays. Raises LookupError before that, which is not remembered."""
+    del created_at  # tells a run from another one of its name
+    found = card_among(run, gpus)
+    if found is None:
+        raise LookupError(run.id)
+    return found.name
 
 
 def _pace(file: Path) -> float | None:

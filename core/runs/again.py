@@ -6,13 +6,15 @@ import shutil
 from dataclasses import replace
 from typing import Final
 
-from core.checkpoints.inspect import CheckpointCard, list_checkpoints
+from core.checkpoints.inspect import CheckpointCard
 from core.errors import ConflictError, InputError, MachineError
 from core.files import write_json
 from core.project import Project
+from core.runs.alone import alone
 from core.runs.directory import RunDirectory
 from core.runs.health import Alert
-from core.runs.launch import launch, new_id, now_utc, start_supervisor
+from core.runs.jobs import checkpoints_of
+from core.runs.launch import launch, new_folder, now_utc, start_supervisor
 from core.runs.state import Phase, read_attempt, read_status
 from core.runs.versions import versions
 from core.runs.watch import read_alerts
@@ -26,7 +28,7 @@ def resume_point(run: RunDirectory) -> CheckpointCard | None:
     if not run.spec_file.exists():
         return None
     broken = [alert for alert in read_alerts(run)[0] if alert.kind in _BROKEN and alert.level == "error"]
-    for card in list_checkpoints(run.path):
+    for card in checkpoints_of(run):
         if card.is_complete and card.has_optimizer and not any(_is_spoilt(card, alert) for alert in broken):
             return card
     return None
@@ -35,13 +37,19 @@ def resume_point(run: RunDirectory) -> CheckpointCard | None:
 def go_on(run: RunDirectory) -> CheckpointCard:
     """Start `run` again in its own folder, from `resume_point`: the same curve goes on. Returns the checkpoint.
 
-    Raises ConflictError while it runs or after it finished, InputError if it has no checkpoint to go on from.
+    Raises ConflictError while it runs, after it finished, or where another tab or server makes it go on just now; InputError if it
+    has no checkpoint to go on from.
     """
+    if not run.spec_file.exists():
+        raise ConflictError("runs.not_ours", run=run.id)
+    with alone(run, run.go_on_lock):  # until the supervisor stands: what a second one sees then is a run that lives
+        return _go_on(run)
+
+
+def _go_on(run: RunDirectory) -> CheckpointCard:
     status = read_status(run)
     if status.phase.is_active:
         raise ConflictError("runs.still_running", run=run.id)
-    if not run.spec_file.exists():
-        raise ConflictError("runs.not_ours", run=run.id)
     _require_own(run)
     if status.phase is Phase.FINISHED:
         raise ConflictError("runs.complete", run=run.id)
@@ -68,14 +76,15 @@ def retry(project: Project, run: RunDirectory) -> RunDirectory:
     _require_own(run)
     if not run.source.is_dir():
         raise InputError("files.missing", path=str(run.source))
-    again = RunDirectory(project.train / new_id(spec.kind, project.train))
     try:
-        again.path.mkdir(parents=True)
+        again = new_folder(spec.kind, project.train)
         shutil.copytree(run.source, again.source)
         if run.watch_file.exists():
             shutil.copy2(run.watch_file, again.watch_file)
     except OSError as error:
-        raise MachineError("files.cannot_write", path=str(again.path), reason=error.strerror or str(error)) from error
+        raise MachineError(
+            "files.cannot_write", path=str(project.train), reason=error.strerror or str(error)
+        ) from error
     argv = [str(again.path) if argument == str(run.path) else argument for argument in spec.argv]
     if "--master_port" in argv:
         argv[argv.index("--master_port") + 1] = str(free_port())

@@ -159,6 +159,11 @@ class RunDirectory:
         return self.path / ".supervisor.lock"
 
     @property
+    def go_on_lock(self) -> Path:
+        """Held while someone makes the run go on in its own folder."""
+        return self.path / ".go_on.lock"
+
+    @property
     def source(self) -> Path:
         return self.path / "source"
 

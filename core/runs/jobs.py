@@ -1,11 +1,13 @@
 """Finds runs, their checkpoints and jobs of a project on the disk. Knows their places and kinds, not what they do.
 
-A project may lie on a network share, where every look asks the server: a run costs one look, they are made at once, and run.json is
-read once.
+A project may lie on a network share, where every look asks the server: a run costs one look, they are made at once, and what has not
+changed since (run.json never does) is read once.
 """
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+import stat
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -13,11 +15,32 @@ from typing import Final
 from core.checkpoints.inspect import CheckpointCard, list_checkpoints
 from core.errors import DanluError, InputError
 from core.project import Project
-from core.runs.directory import RunDirectory
+from core.runs.directory import RunDirectory, RunSpec
 from core.runs.pace import ask_all
 from core.runs.state import read_status
 
 _KINDS_KEPT: Final = 10_000
+_RUNS_KEPT: Final = 1000
+_CHECKPOINT_NAMES: Final = ("iter_", "epoch_")
+"""How the names of checkpoints begin; what else begins so only costs a look."""
+Version = tuple[int, ...]
+"""Of a file: another one after each change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A training run, as the look at its folder found it."""
+
+    run: RunDirectory
+    version: Version
+    """Of its run.json; empty for a work dir made by hand."""
+
+    def spec(self) -> RunSpec | None:
+        """What run.json says; None for a work dir made by hand, or where it cannot be read."""
+        try:
+            return _spec_as_it_was(self.run, self.version) if self.version else None
+        except DanluError:
+            return None
 
 
 def list_jobs(project: Project, kinds: Collection[str] | None = None) -> list[RunDirectory]:
@@ -30,7 +53,7 @@ def list_jobs(project: Project, kinds: Collection[str] | None = None) -> list[Ru
 
 def active_jobs(project: Project, kinds: Collection[str] | None = None) -> list[RunDirectory]:
     """Jobs that wait, run or are being stopped, the latest first."""
-    return _active(list_jobs(project, kinds))
+    return active_of(list_jobs(project, kinds))
 
 
 def latest_job(project: Project, kinds: Collection[str]) -> RunDirectory | None:
@@ -39,27 +62,54 @@ def latest_job(project: Project, kinds: Collection[str]) -> RunDirectory | None:
 
 
 def list_runs(project: Project) -> list[RunDirectory]:
-    """Training runs, the latest first: those of the app, and work dirs made by hand with `xtuner train`.
+    """Training runs, the latest first: those of the app, and work dirs made by hand with `xtuner train`."""
+    return [listed.run for listed in look_at_runs(project)]
+
+
+def look_at_runs(project: Project) -> list[Listed]:
+    """As list_runs, with what lets one look do for the rest.
 
     As in the guide, `--work-dir` may be `train/` itself, a folder in it, or one beside it such as `train_deepspeed/`.
     """
     in_train = _folders(project.train)
-    dated = [(spec.st_mtime, run.id, run) for run, spec in _with_spec(in_train)]
-    ours = {run.path for *_, run in dated}
-    dated += [(*_changed(run), run) for run in _work_dirs(project, [path for path in in_train if path not in ours])]
-    return [run for *_, run in sorted(dated, key=lambda one: one[:2], reverse=True)]
+    dated = [(spec.st_mtime, run.id, Listed(run, version_of(spec))) for run, spec in _with_spec(in_train)]
+    ours = {listed.run.path for *_, listed in dated}
+    by_hand = _work_dirs(project, [path for path in in_train if path not in ours])
+    dated += [(*_changed(run), Listed(run, ())) for run in by_hand]
+    return [listed for *_, listed in sorted(dated, key=lambda one: one[:2], reverse=True)]
 
 
 def active_runs(project: Project) -> list[RunDirectory]:
     """Training runs that wait, run or are being stopped, the latest first."""
-    return _active(list_runs(project))
+    return active_of(list_runs(project))
 
 
-def project_checkpoints(project: Project) -> list[CheckpointCard]:
-    """Checkpoints of all training runs of this project, damaged ones too, newest first. Opens headers only."""
-    folders = {run.path for run in list_runs(project)}
-    cards = [card for folder in folders for card in list_checkpoints(folder)]
+def active_of(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
+    """Those of `runs` that wait, run or are being stopped."""
+    return [run for run, status in zip(runs, ask_all(read_status, runs), strict=True) if status.phase.is_active]
+
+
+def project_checkpoints(runs: Iterable[RunDirectory]) -> list[CheckpointCard]:
+    """Checkpoints of all these training runs, damaged ones too, newest first. Opens headers only."""
+    cards = [card for run in set(runs) for card in checkpoints_of(run)]
     return sorted(cards, key=lambda card: card.modified_at, reverse=True)
+
+
+def checkpoints_of(run: RunDirectory) -> list[CheckpointCard]:
+    """As `list_checkpoints`; headers are opened again only when a checkpoint has come, gone or changed.
+
+    Where one is damaged, each time: it may be the disk that is.
+    """
+    cards = _cards_as_they_were(run, tuple(sorted(_checkpoint_versions(run.path))))
+    return list(cards) if all(card.is_complete for card in cards) else list_checkpoints(run.path)
+
+
+def version_of(status: os.stat_result) -> Version:
+    """Two changes within one tick of the file system's clock have the same time, but another size or inode.
+
+    What is copied with the time of its source, or allowed to be read, has another time of change.
+    """
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def find_run(project: Project, run_id: str) -> RunDirectory:
@@ -83,10 +133,6 @@ def kind_of(run: RunDirectory) -> str | None:
         return None
 
 
-def _active(runs: list[RunDirectory]) -> list[RunDirectory]:
-    return [run for run, status in zip(runs, ask_all(read_status, runs), strict=True) if status.phase.is_active]
-
-
 def _with_spec(folders: Sequence[Path]) -> list[tuple[RunDirectory, os.stat_result]]:
     """Those of `folders` that are run directories, with what the disk says of their run.json."""
     runs = [RunDirectory(folder) for folder in folders]
@@ -101,13 +147,50 @@ def _look(run: RunDirectory) -> os.stat_result | None:
 
 
 def _kind(run: RunDirectory, spec: os.stat_result) -> str | None:
-    return _kind_as_it_was(run, spec.st_ino, spec.st_mtime_ns, spec.st_size)
+    try:
+        return _kind_as_it_was(run, version_of(spec))
+    except DanluError:
+        return None
 
 
 @lru_cache(maxsize=_KINDS_KEPT)
-def _kind_as_it_was(run: RunDirectory, *version: int) -> str | None:
+def _kind_as_it_was(run: RunDirectory, version: Version) -> str:
+    """Raises DanluError for one that cannot be read now, which is not remembered: it may be the disk that is to blame."""
     del version  # a run.json never changes; another one in its place is another version
-    return kind_of(run)
+    return run.spec().kind
+
+
+@lru_cache(maxsize=_RUNS_KEPT)
+def _spec_as_it_was(run: RunDirectory, version: Version) -> RunSpec:
+    """Raises as above."""
+    del version
+    return run.spec()
+
+
+@lru_cache(maxsize=_RUNS_KEPT)
+def _cards_as_they_were(run: RunDirectory, versions: tuple[tuple[str, Version], ...]) -> tuple[CheckpointCard, ...]:
+    return tuple(list_checkpoints(run.path)) if versions else ()
+
+
+def _checkpoint_versions(folder: Path) -> Iterator[tuple[str, Version]]:
+    """What may be a checkpoint in `folder`, and in one that is a folder itself (DeepSpeed's) each of its files."""
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(_CHECKPOINT_NAMES)]  # noqa: PTH208 - names will do
+    except OSError:
+        return
+    for name in names:
+        yield from _versions_below(folder / name)
+
+
+def _versions_below(path: Path) -> Iterator[tuple[str, Version]]:
+    try:
+        status = path.stat()
+        inside = list(path.iterdir()) if stat.S_ISDIR(status.st_mode) else []
+    except OSError:
+        return  # it is being removed
+    yield str(path), version_of(status)
+    for each in inside:
+        yield from _versions_below(each)
 
 
 def _folders(parent: Path) -> list[Path]:

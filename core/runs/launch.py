@@ -1,11 +1,10 @@
 """Makes a run directory and starts its supervisor, detached. Knows no engine: the spec's argv says what runs."""
 
-import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +12,7 @@ from typing import Any, Final
 from core.errors import ConflictError, MachineError
 from core.files import free_path, write_json
 from core.project import Project
+from core.runs.alone import alone
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.processes import RUN_VARIABLE
 from core.runs.state import SUPERVISOR_MODULE
@@ -28,7 +28,7 @@ def new_id(kind: str, parent: Path) -> str:
     return free_path(parent / f"{kind}_{datetime.now().astimezone():%Y%m%d_%H%M%S}").name
 
 
-def _new_folder(kind: str, parent: Path) -> RunDirectory:
+def new_folder(kind: str, parent: Path) -> RunDirectory:
     """A folder of its own: two people who start something in the same second get two."""
     parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -49,33 +49,12 @@ def launch(parent: Path, spec: RunSpec) -> RunDirectory:
     there is a run in it already: a second server was faster.
     """
     run = RunDirectory(parent.absolute() / spec.id)
-    with _alone(run):
+    with alone(run, run.supervisor_lock):  # nobody runs it either: the lock is the supervisor's own
         if run.spec_file.exists():
             raise ConflictError("runs.already_started", run=run.id)
         write_json(run.spec_file, spec.to_json())
     start_supervisor(run)
     return run
-
-
-@contextmanager
-def _alone(run: RunDirectory) -> Iterator[None]:
-    """Nobody else writes its run.json meanwhile, or runs it: the lock is the supervisor's own.
-
-    Where the file system keeps no locks (NFS without its lock service), nobody is kept away.
-    """
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        lock = open(run.supervisor_lock, "ab")  # noqa: SIM115 - closed below; its own errors are another matter
-    except OSError as error:
-        raise MachineError("files.cannot_write", path=str(run.path), reason=error.strerror or str(error)) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConflictError("runs.already_started", run=run.id) from error
-        except OSError:
-            pass  # no locks here, see above: run.json itself still keeps out a second one that comes later
-        yield
 
 
 def start_supervisor(run: RunDirectory, *, is_adopting: bool = False) -> None:
@@ -121,7 +100,7 @@ def start_job(
     python: str = sys.executable,
 ) -> RunDirectory:
     """Start `function` ("core.models.library:copy_model") with `arguments` (JSON types) as a supervised job of `project`."""
-    run = _new_folder(kind, project.jobs)
+    run = new_folder(kind, project.jobs)
     spec = RunSpec(
         id=run.id,
         kind=kind,

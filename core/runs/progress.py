@@ -8,6 +8,7 @@ import numpy as np
 from core.runs.metrics import Metrics
 
 _RECENT: Final = 100
+_LOSS_STEPS: Final = 10
 _PAUSE_FACTOR: Final = 5.0
 """Where steps say no time of their own, a gap between two is taken for a pause when it is this many times the median step."""
 _LONGEST_PAUSE_SECONDS: Final = 3600.0
@@ -21,6 +22,7 @@ class TrainProgress:
     iteration: int
     total_iterations: int | None
     loss: float | None
+    """`recent_loss` of now."""
     tokens_per_second: float | None
     remaining_seconds: float | None
 
@@ -46,10 +48,20 @@ def measure(metrics: Metrics, started_at: float | None = None) -> TrainProgress:
     return TrainProgress(
         iteration=iteration,
         total_iterations=None if total is None else int(total),
-        loss=metrics.last("loss"),
+        loss=recent_loss(metrics),
         tokens_per_second=tokens_per_second(metrics),
         remaining_seconds=remaining,
     )
+
+
+def recent_loss(metrics: Metrics, until: int | None = None) -> float | None:
+    """What the app calls the loss of a run, or at iteration `until`: mean of the last ten finite values up to there.
+
+    One micro-step alone says little: its batch may be an easy one.
+    """
+    losses = metrics["loss"] if until is None else metrics["loss"][metrics["iteration"] <= until]
+    losses = losses[np.isfinite(losses)][-_LOSS_STEPS:]
+    return float(losses.mean()) if len(losses) else None
 
 
 def tokens_per_second(metrics: Metrics, recent: int | None = _RECENT) -> float | None:

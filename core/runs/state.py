@@ -83,6 +83,11 @@ class RunStatus:
             end = (time.time() if now is None else now) if self.phase.is_active else self.started_at
         return max(0.0, end - self.started_at)
 
+    def total_seconds(self, now: float | None = None) -> float | None:
+        """With what the attempts before this one took."""
+        elapsed = self.elapsed_seconds(now)
+        return None if elapsed is None else elapsed + self.earlier_seconds
+
 
 def read_status(run: RunDirectory, is_alive: Callable[[ProcessIdentity], bool] = ProcessIdentity.is_alive) -> RunStatus:
     """What `run` is doing now. Never raises: a directory that cannot be read is LOST."""

@@ -9,7 +9,7 @@ from core.errors import DanluError
 from core.runs.directory import RunDirectory
 from core.runs.metrics import Metrics
 from core.runs.notes import Notes, read_notes
-from core.runs.progress import tokens_per_second
+from core.runs.progress import recent_loss, tokens_per_second
 from core.runs.state import RunStatus, read_status
 from core.runs.validation import read_validation
 
@@ -27,9 +27,11 @@ class RunSummary:
     iteration: int
     total_iterations: int | None
     loss: float | None
-    """Mean of the last ten finite losses: one micro-step alone says little."""
+    """`core.runs.progress.recent_loss` at its end."""
     elapsed_seconds: float | None
+    """Of all attempts."""
     tokens_per_second: float | None
+    """Over all its steps."""
     peak_memory_bytes: float | None
     """As the trainer saw it, on one GPU; else as NVML saw it."""
     tokens: float | None
@@ -54,9 +56,7 @@ def summarize(run: RunDirectory, metrics: Metrics, status: RunStatus | None = No
             title, details = spec.title, spec.details
         except DanluError:
             details = {}
-    losses = metrics["loss"][np.isfinite(metrics["loss"])][-10:]
     memory = metrics["memory_bytes"][np.isfinite(metrics["memory_bytes"])]
-    elapsed = status.elapsed_seconds()
     total = metrics.last("total_iterations")
     return RunSummary(
         run=run,
@@ -67,8 +67,8 @@ def summarize(run: RunDirectory, metrics: Metrics, status: RunStatus | None = No
         data=", ".join(filter(None, (_name(_text(part, "path")) for part in details.get("data") or []))) or None,
         iteration=int(metrics["iteration"][-1]) if len(metrics) else 0,
         total_iterations=None if total is None else int(total),
-        loss=float(losses.mean()) if len(losses) else None,
-        elapsed_seconds=None if elapsed is None else elapsed + status.earlier_seconds,
+        loss=recent_loss(metrics),
+        elapsed_seconds=status.total_seconds(),
         tokens_per_second=tokens_per_second(metrics, recent=None) if len(metrics) else None,
         peak_memory_bytes=float(memory.max()) if len(memory) else status.peak_gpu_bytes or None,
         tokens=float(np.nansum(metrics["tokens"])) if metrics.has("tokens") else None,

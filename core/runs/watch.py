@@ -87,7 +87,8 @@ class Watch:
         self._newest: tuple[Path | None, float, int] = (None, 0.0, 0)
         """The newest checkpoint: where it lies, when it changed, its bytes."""
         self._written: Any = None
-        self._rules, self._rules_at = WatchRules(), -1.0
+        self._rules = WatchRules()
+        self._rules_version: tuple[int, ...] | None = None
         self._posts: list[threading.Thread] = []
         self._delivery: dict[str, Any] = dict(_NOTHING["webhook"])
         self._counting = threading.Lock()
@@ -215,9 +216,9 @@ class Watch:
                 self._delivery = {**self._delivery, "sent": self._delivery["sent"] + 1}
 
     def _read_rules(self) -> None:
-        changed_at = _changed_at(self._run.watch_file)
-        if changed_at != self._rules_at:
-            self._rules, self._rules_at = read_rules(self._run.watch_file), changed_at
+        version = _version(self._run.watch_file)
+        if version != self._rules_version:
+            self._rules, self._rules_version = read_rules(self._run.watch_file), version
 
     def _write(self) -> None:
         value = {"alerts": [alert.to_json() for alert in self._health.alerts], "webhook": self._delivery}
@@ -261,11 +262,16 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _changed_at(file: Path) -> float:
+def _version(file: Path) -> tuple[int, ...]:
+    """Another one after each change; empty where there is no file.
+
+    A file that is replaced within one tick of the file system's clock keeps time and perhaps size, but not its inode.
+    """
     try:
-        return file.stat().st_mtime
+        status = file.stat()
     except OSError:
-        return 0.0
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _tree_bytes(path: Path) -> int:

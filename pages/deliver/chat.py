@@ -55,7 +55,8 @@ with talk:
             conversation.ask(str(asked))
         is_asking = target is not None and bool(asked or edited or is_again)
         if not conversation.turns and not is_asking:
-            st.info(t("chat.placeholder") if target else t("chat.not_loaded"), icon=":material/forum:")
+            hint = "chat.placeholder" if target else "chat.not_loaded" if models else "chat.not_connected"
+            st.info(t(hint), icon=":material/forum:")
         show_turns(project, conversation, is_ready=target is not None, hides_last=is_asking and is_again)
         if is_asking and target is not None:
             save_conversation(project, conversation)

@@ -2,6 +2,7 @@
 
 import streamlit as st
 
+from core.checkpoints.deliverables import list_deliverables
 from core.errors import DanluError
 from core.runs.jobs import list_runs
 from pages.ui import shell
@@ -15,6 +16,7 @@ from pages.ui.text import show_error, t
 project = shell.require_project()
 shell.page_header("export")
 job_panel(project, ("adapter", "merge", "gguf", "fp8", "quantize", "upload", "verify"))
+delivered = list_deliverables(project)
 try:
     card = choose_checkpoint(project, list_runs(project))
     if card is None:
@@ -26,9 +28,9 @@ try:
         with left:
             options = choose_options(card)
         with right:
-            show_plan(project, card, options)
+            show_plan(project, card, options, delivered)
 except DanluError as error:
     show_error(error)
-combination_panel(project)
+combination_panel(project, delivered)
 leftovers_panel(project)
-deliverables_list(project)
+deliverables_list(project, delivered)

@@ -7,6 +7,7 @@ import streamlit as st
 from core.config.findings import Severity
 from core.environment.interpreters import is_legacy, training_python, xtuner_version
 from core.errors import DanluError
+from core.runs.jobs import active_of, look_at_runs
 from core.runs.request import TrainRequest
 from core.runs.resume import Mode
 from core.runs.start import read_start
@@ -29,7 +30,7 @@ TABS = ("place", "checks", "budget", "parallel", "speed", "command")
 def choose(bar: Bar) -> TrainRequest:
     with tabs["place"]:
         place = choose_place(project)
-        resume = choose_resume(project)
+        resume = choose_resume(project, [listed.run for listed in runs])
         is_same_curve = resume.checkpoint is not None and resume.mode is Mode.EXACT
         seed = st.number_input(
             t("launch.seed"),
@@ -49,7 +50,7 @@ def choose(bar: Bar) -> TrainRequest:
     with tabs["parallel"]:
         deepspeed = choose_deepspeed(project, resume)
     with tabs["speed"]:
-        speed = speed_choice(project, bar.config, place.gpus)
+        speed = speed_choice(project, bar.config, place.gpus, is_busy=bool(active))
     return TrainRequest(
         config=bar.config,
         gpus=place.gpus,
@@ -85,8 +86,8 @@ def main(bar: Bar) -> None:
         findings = show_checks(project, read)
     with tabs["budget"]:
         memory = memory_panel(project, read)
-        time = time_panel(project, read)
-    fill_bar(project, bar, findings, time, memory, None if is_saved else f":orange-badge[{t('launch.bar.unsaved')}]")
+        time = time_panel(project, read, runs)
+    fill_bar(bar, active, findings, time, memory, None if is_saved else f":orange-badge[{t('launch.bar.unsaved')}]")
     try:
         spec = plan(project, request, read)
     except DanluError as error:
@@ -106,6 +107,8 @@ def main(bar: Bar) -> None:
 project = shell.require_project()
 shell.page_header("launch")
 show_job(project)
+runs = look_at_runs(project)
+active = active_of([listed.run for listed in runs])
 try:
     top = draw_bar(project)
     tabs = dict(zip(TABS, st.tabs([t(f"launch.tabs.{name}") for name in TABS]), strict=True))

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from core.runs.jobs import list_runs
+from core.runs.jobs import look_at_runs
 from core.runs.summary import RunSummary
 from pages.ui import shell
 from pages.ui.run_compare import compare_losses, compare_settings, downloads
@@ -26,7 +26,7 @@ def act_on(selected: list[RunSummary], rows: list[RunSummary]) -> None:
 
 project = shell.require_project()
 shell.page_header("runs")
-every = summaries_of(list_runs(project))
+every = summaries_of(look_at_runs(project))
 if every:
     shown = filter_rows(every)
     chosen = run_table(shown) if shown else []

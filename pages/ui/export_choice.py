@@ -4,18 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import streamlit as st
 
-from core.checkpoints.deliverables import delivery_name, delivery_targets, list_deliverables, start_delivery
+from core.checkpoints.deliverables import Deliverable, delivery_name, delivery_targets, start_delivery
 from core.checkpoints.gpu_blocks import CPU, CUDA
-from core.checkpoints.inspect import CheckpointCard, list_checkpoints
+from core.checkpoints.inspect import CheckpointCard
 from core.checkpoints.planner import plan_delivery
 from core.errors import DanluError
 from core.launchers.local import list_gpus
 from core.project import Project
 from core.runs.directory import RunDirectory
-from core.runs.jobs import active_jobs
+from core.runs.jobs import active_jobs, checkpoints_of
+from core.runs.pace import ask_all
+from core.runs.progress import recent_loss
 from core.runs.validation import best_among
 from pages.ui.audit import note
 from pages.ui.run_data import metrics_of
@@ -38,7 +39,7 @@ class Options:
 def choose_checkpoint(project: Project, runs: Sequence[RunDirectory]) -> CheckpointCard | None:
     """Run and checkpoint side by side; None if no run has a checkpoint."""
     del project
-    found = {run.id: (run, cards) for run in runs if (cards := list_checkpoints(run.path))}
+    found = {run.id: (run, cards) for run, cards in zip(runs, ask_all(checkpoints_of, runs), strict=True) if cards}
     if not found:
         return None
     wanted = st.query_params.get("run")
@@ -100,8 +101,8 @@ def choose_device(key: str, *, is_disabled: bool = False) -> str:
     return CUDA if is_chosen and not is_disabled else CPU
 
 
-def show_plan(project: Project, card: CheckpointCard, options: Options) -> None:
-    """What it will need and where it goes; the button that starts it."""
+def show_plan(project: Project, card: CheckpointCard, options: Options, delivered: Sequence[Deliverable]) -> None:
+    """What it will need and where it goes; the button that starts it. `delivered`: what there is already."""
     st.subheader(t("export.plan"))
     name = delivery_name(project, card.path.parent, card.path)
     targets = delivery_targets(project, card, name, merge=options.merge)
@@ -127,7 +128,7 @@ def show_plan(project: Project, card: CheckpointCard, options: Options) -> None:
     lines.append(t("export.from_base", path=base))
     lines.append(t("export.template", name=(plan.recipe.prompt_template or {}).get("name") or t("export.unknown")))
     st.caption("  \n".join(lines))
-    if _is_delivered(project, card, targets):
+    if _is_delivered(delivered, card, targets):
         st.success(t("export.already_there"), icon=":material/check_circle:")
     elif plan.problem is not None:
         show_error(plan.problem)
@@ -155,11 +156,10 @@ def show_plan(project: Project, card: CheckpointCard, options: Options) -> None:
             st.rerun()
 
 
-def _is_delivered(project: Project, card: CheckpointCard, targets: Sequence[Path]) -> bool:
+def _is_delivered(delivered: Sequence[Deliverable], card: CheckpointCard, targets: Sequence[Path]) -> bool:
     """Whether the last target holds what came of this very checkpoint."""
     return any(
-        (item.path, item.run, item.checkpoint) == (targets[-1], card.path.parent.name, card.name)
-        for item in list_deliverables(project)
+        (item.path, item.run, item.checkpoint) == (targets[-1], card.path.parent.name, card.name) for item in delivered
     )
 
 
@@ -191,15 +191,10 @@ def _summary(card: CheckpointCard) -> str:
 
 
 def _losses(run: RunDirectory, cards: Sequence[CheckpointCard]) -> dict[str, float]:
-    """Loss near each checkpoint: mean of the ten micro-steps up to it."""
+    """The loss up to each checkpoint, where it is known."""
     metrics = metrics_of(run)
-    found: dict[str, float] = {}
-    for card in cards:
-        near = (metrics["iteration"] <= (card.iteration or 0)) & (metrics["iteration"] > (card.iteration or 0) - 10)
-        values = metrics["loss"][near]
-        if np.isfinite(values).any():
-            found[str(card.path)] = float(np.nanmean(values))
-    return found
+    losses = {str(card.path): recent_loss(metrics, until=card.iteration or 0) for card in cards}
+    return {path: loss for path, loss in losses.items() if loss is not None}
 
 
 def _short(project: Project, path: Path) -> str:

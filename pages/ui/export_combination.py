@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import streamlit as st
 
 from core.checkpoints.combination import METHODS, SUM, combination_targets, start_combination
-from core.checkpoints.deliverables import Deliverable, list_deliverables
+from core.checkpoints.deliverables import Deliverable
 from core.errors import DanluError
 from core.project import Project
 from core.runs.jobs import active_jobs
@@ -14,9 +14,9 @@ from pages.ui.export_choice import choose_device
 from pages.ui.text import show_error, t
 
 
-def combination_panel(project: Project) -> None:
+def combination_panel(project: Project, delivered: Sequence[Deliverable]) -> None:
     """Closed until it is wanted; not there with fewer than two adapters."""
-    adapters = {item.name: item for item in list_deliverables(project) if item.kind == "adapter"}
+    adapters = {item.name: item for item in delivered if item.kind == "adapter"}
     if len(adapters) < 2:
         return
     with st.expander(t("export.combine"), icon=":material/join:", key="export_combination"):

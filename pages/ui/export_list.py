@@ -1,8 +1,10 @@
 """Everything that was delivered, with its origin and its check; chat with it, download it, remove it."""
 
+from collections.abc import Sequence
+
 import streamlit as st
 
-from core.checkpoints.deliverables import Deliverable, list_deliverables, zip_folder
+from core.checkpoints.deliverables import Deliverable, zip_folder
 from core.project import Project
 from pages.ui import shell
 from pages.ui.audit import note
@@ -22,10 +24,9 @@ _ICONS = {
 }
 
 
-def deliverables_list(project: Project) -> None:
+def deliverables_list(project: Project, items: Sequence[Deliverable]) -> None:
     """Newest first."""
     st.subheader(t("export.delivered"))
-    items = list_deliverables(project)
     if not items:
         st.caption(t("export.nothing_delivered"))
     for item in items:

@@ -12,7 +12,7 @@ from core.errors import DanluError
 from core.project import Project
 from core.runs import speed_table
 from core.runs.autotune import KIND, start_autotune
-from core.runs.jobs import active_jobs, active_runs
+from core.runs.jobs import active_jobs
 from core.runs.speed_table import Measured, Setting, Table
 from pages.ui import shell
 from pages.ui.audit import note
@@ -22,8 +22,8 @@ from pages.ui.text import gib, show_error, t
 _NONE = "–"
 
 
-def autotune(project: Project, config: Path, gpu: str | None) -> dict[str, Any]:
-    """Draws it; what a launch adds to the wish for the speed layer: nothing before a person has consented.
+def autotune(project: Project, config: Path, gpu: str | None, *, is_busy: bool) -> dict[str, Any]:
+    """Draws it; what a launch adds to the wish for the speed layer: nothing before a person has consented. `is_busy`: a run is active.
 
     Without a local model there is nothing to measure; the page's checks say so.
     """
@@ -38,7 +38,7 @@ def autotune(project: Project, config: Path, gpu: str | None) -> dict[str, Any]:
     table = speed_table.remembered(project, source, gpu=gpu)
     if table is not None:
         _show(table, speed_table.card_name(gpu))
-    if active_runs(project):
+    if is_busy:
         st.caption(f":orange[{t('speed.tune.busy')}]")
     is_measuring = bool(active_jobs(project, (KIND,)))
     with st.container(horizontal=True):

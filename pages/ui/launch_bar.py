@@ -11,7 +11,7 @@ from core.config.library import list_configs, read_config
 from core.config.source import ConfigSource
 from core.errors import DanluError
 from core.project import Project
-from core.runs.jobs import active_runs
+from core.runs.directory import RunDirectory
 from pages.ui import shell
 from pages.ui.launch_views import facts
 from pages.ui.text import say, show_error, t
@@ -48,13 +48,13 @@ def draw_bar(project: Project) -> Bar:
     return Bar(config, name.strip(), start, summary, st.container())
 
 
-def fill_bar(project: Project, bar: Bar, findings: list[Finding], *badges: str | None) -> None:
-    """Counts of the checks, time and memory; and what is wrong first of all."""
+def fill_bar(bar: Bar, active: list[RunDirectory], findings: list[Finding], *badges: str | None) -> None:
+    """Counts of the checks, time and memory; and what is wrong first of all. `active`: runs that wait or run."""
     bar.summary.markdown(" ".join([*_counts(findings), *(badge for badge in badges if badge)]))
     if findings and findings[0].severity is Severity.ERROR:
         bar.trouble.error(say(findings[0].message), icon=":material/error:")
-    if running := active_runs(project):
-        names = ", ".join(run.id for run in running)
+    if active:
+        names = ", ".join(run.id for run in active)
         bar.trouble.warning(t("launch.running", names=names), icon=":material/hourglass:")
 
 

@@ -1,11 +1,11 @@
 """Going on from a checkpoint, on the launch page: what there is, how to go on, what will happen, and the job that prepares it."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import streamlit as st
 
@@ -17,6 +17,7 @@ from core.project import Project
 from core.runs.directory import RunDirectory, RunSpec
 from core.runs.jobs import latest_job, project_checkpoints
 from core.runs.origin import Preset, deepspeed_of
+from core.runs.progress import recent_loss
 from core.runs.resume import Mode
 from core.runs.samples import read_answers
 from core.runs.state import Phase, read_status
@@ -41,11 +42,11 @@ class Resume:
     """The setting that its run used."""
 
 
-def choose_resume(project: Project) -> Resume:
-    """The checkpoint to go on from and the way to do it."""
+def choose_resume(project: Project, runs: Sequence[RunDirectory]) -> Resume:
+    """The checkpoint to go on from, of these runs, and the way to do it."""
     if not st.toggle(t("launch.resume"), key="launch_resume", help=t("launch.resume_help")):
         return Resume()
-    cards = project_checkpoints(project)
+    cards = project_checkpoints(runs)
     usable = {str(card.path): card for card in cards if card.is_complete}
     card = _choose_card(project, cards, usable)
     if card is None:
@@ -58,6 +59,8 @@ def choose_resume(project: Project) -> Resume:
         key="launch_way",
     )
     st.caption(t(f"resume.ways_help.{way or 'exact'}"))
+    if way == "exact" and _is_at_end(card):
+        st.warning(t("resume.at_end"), icon=":material/flag:")
     extra = (
         st.number_input(t("resume.extra_epochs"), 1, 1000, 1, key="launch_extra", help=t("resume.extra_epochs_help"))
         if way == "longer"
@@ -115,16 +118,16 @@ def _label(card: CheckpointCard, best_loss: float | None) -> str:
 def _card(project: Project, card: CheckpointCard) -> None:
     """What one checkpoint is: form, contents, place in the training."""
     with st.container(border=True):
-        loss = _loss_at(card)
+        loss = recent_loss(metrics_of(RunDirectory(card.path.parent)), until=card.iteration or 0)
         free = shutil.disk_usage(project.root).free
         facts = (
             (t("resume.step"), "–" if card.iteration is None else f"{card.iteration:,}"),
-            (t("resume.loss"), "–" if loss is None else f"{loss:.4f}"),
+            (t("runs.columns.loss"), "–" if loss is None else f"{loss:.4f}"),
             (t("resume.contents"), t("resume.adapter") if card.is_adapter else t("resume.full")),
             (t("resume.form"), _form(card)),
             (t("resume.size"), t("resume.size_of_free", size=gib(card.size_bytes), free=gib(free))),
         )
-        for column, (label, value) in zip(st.columns([1, 1, 1.2, 2, 2]), facts, strict=True):
+        for column, (label, value) in zip(st.columns([0.8, 1.7, 1.2, 1.7, 2]), facts, strict=True):
             column.caption(label)
             column.markdown(value)
         if answer := _answer_at(card):
@@ -167,12 +170,10 @@ def _form(card: CheckpointCard) -> str:
     return t("resume.zero", stage=card.stage, ranks=card.world_size)
 
 
-def _loss_at(card: CheckpointCard) -> float | None:
-    """Mean loss of the ten iterations up to the checkpoint."""
-    metrics = metrics_of(RunDirectory(card.path.parent))
-    before = metrics["loss"][metrics["iteration"] <= (card.iteration or 0)][-10:]
-    finite = before[np.isfinite(before)]
-    return float(finite.mean()) if len(finite) else None
+def _is_at_end(card: CheckpointCard) -> bool:
+    """Whether the training that saved it had no step left, as it was planned."""
+    total = metrics_of(RunDirectory(card.path.parent)).last("total_iterations")
+    return total is not None and card.iteration is not None and card.iteration >= total
 
 
 def _answer_at(card: CheckpointCard) -> str | None:

@@ -13,15 +13,15 @@ from pages.ui.text import t
 _COLUMNS = 3
 
 
-def speed_choice(project: Project, config: Path, gpus: tuple[str, ...]) -> str | dict[str, Any]:
-    """Draws the switches; what a TrainRequest's `speed` takes."""
+def speed_choice(project: Project, config: Path, gpus: tuple[str, ...], *, is_busy: bool) -> str | dict[str, Any]:
+    """Draws the switches; what a TrainRequest's `speed` takes. `is_busy`: a run is active."""
     st.caption(t("speed.intro"))
     if not st.toggle(t("speed.on_for_all"), value=True, key="launch_speed", help=t("speed.on_help")):
         return "off"
     columns = st.columns(_COLUMNS)
     chosen = [part for number, part in enumerate(parts.ALL) if _switch(part, columns[number % _COLUMNS])]
     st.caption(t("speed.choose_help"))
-    measured = autotune(project, config, gpus[0] if gpus else None)
+    measured = autotune(project, config, gpus[0] if gpus else None, is_busy=is_busy)
     named = measured.get("parts", "auto")
     wanted = chosen if named == "auto" else [part for part in chosen if part in named]
     if len(wanted) == len(parts.ALL) and not measured:

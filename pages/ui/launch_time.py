@@ -1,21 +1,24 @@
 """Time and cost of a training, on the launch page."""
 
+from collections.abc import Sequence
+
 import streamlit as st
 
 from core.config.duration import Duration, estimate_duration, names, rate, set_rate
 from core.launchers.local import list_gpus
 from core.project import Project
+from core.runs.jobs import Listed
 from core.runs.start import Start
 from core.xtuner.runtime.speed.parts import FAST_PASS, Wish
 from pages.ui.text import duration, span, t
 
 
-def time_panel(project: Project, start: Start) -> str | None:
+def time_panel(project: Project, start: Start, runs: Sequence[Listed]) -> str | None:
     """How many steps, how long, and what it costs if a price is set. Returns it in one badge for the bar."""
     request = start.request
     card = next((gpu.name for gpu in list_gpus() if {gpu.uuid, str(gpu.index)} & set(request.gpus)), None)
     found = estimate_duration(
-        project,
+        runs,
         start.source,
         start.context,
         card=card,

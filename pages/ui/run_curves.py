@@ -38,7 +38,7 @@ def run_curves(run: RunDirectory, metrics: Metrics, settings: ChartSettings, sta
 
 def _loss(run: RunDirectory, metrics: Metrics, axis: Axis, settings: ChartSettings) -> None:
     loss = metrics["loss"]
-    lines = {t("monitor.smoothed"): axis.line(smooth(loss, settings.smoothing))}
+    lines = {t("monitor.smoothed", weight=f"{settings.smoothing:.2f}"): axis.line(smooth(loss, settings.smoothing))}
     if settings.smoothing:
         lines[t("monitor.raw")] = axis.line(loss, is_faint=True)
     validation = np.array(read_validation(run), dtype=np.float64).reshape(-1, 2)

@@ -10,6 +10,7 @@ from core.files import read_json
 from core.gpu import devices
 from core.models.inspect import inspect_model
 from core.runs.directory import RunDirectory, RunSpec
+from core.runs.jobs import Listed, Version, version_of
 from core.runs.machine import MachineReader, MachineSeries
 from core.runs.metrics import Metrics, MetricsReader, read_work_dir
 from core.runs.pace import ask_all
@@ -36,49 +37,38 @@ def spec_of(run: RunDirectory) -> RunSpec | None:
         found = run.spec_file.stat()
     except OSError:
         return None
-    return _spec(str(run.path), (found.st_ino, found.st_mtime_ns, found.st_size))
+    return Listed(run, version_of(found)).spec()
 
 
-@st.cache_resource(max_entries=500, show_spinner=False)
-def _spec(path: str, version: tuple[int, ...]) -> RunSpec | None:
-    """A run.json never changes; another one in its place is another version."""
-    del version
-    try:
-        return RunDirectory(Path(path)).spec()
-    except DanluError:
-        return None
-
-
-def summaries_of(runs: Sequence[RunDirectory]) -> list[RunSummary]:
+def summaries_of(runs: Sequence[Listed]) -> list[RunSummary]:
     """The rows of `runs`; one that has ended is not read again until its files change."""
     found = []
-    for run, (status, stamps) in zip(runs, ask_all(_standing, runs), strict=True):
-        is_active = status.phase.is_active
-        found.append(summarize(run, metrics_of(run), status) if is_active else _summary(str(run.path), stamps))
+    for listed, (status, versions) in zip(runs, ask_all(_standing, runs), strict=True):
+        if status.phase.is_active:
+            found.append(summarize(listed.run, metrics_of(listed.run), status))
+        else:
+            found.append(_summary(str(listed.run.path), (listed.version, *versions), status))
     return found
 
 
-def _standing(run: RunDirectory) -> tuple[RunStatus, tuple[float, ...]]:
+def _standing(listed: Listed) -> tuple[RunStatus, tuple[Version, ...]]:
+    run = listed.run
     status = read_status(run)
-    if status.phase.is_active:
-        return status, ()
-    return status, tuple(
-        _changed_at(file) for file in (run.state_file, run.metrics_file, run.notes_file, run.spec_file)
-    )
+    return status, () if status.phase.is_active else (_version(run.metrics_file), _version(run.notes_file))
 
 
-def _changed_at(file: Path) -> float:
+def _version(file: Path) -> Version:
     try:
-        return file.stat().st_mtime
+        return version_of(file.stat())
     except OSError:
-        return 0.0
+        return ()
 
 
 @st.cache_data(max_entries=2000, show_spinner=False)
-def _summary(path: str, stamps: tuple[float, ...]) -> RunSummary:
-    del stamps  # only tell whether it is still true
+def _summary(path: str, versions: tuple[Version, ...], status: RunStatus) -> RunSummary:
+    del versions  # only tell whether it is still true
     run = RunDirectory(Path(path))
-    return summarize(run, metrics_of(run))
+    return summarize(run, metrics_of(run), status)
 
 
 @st.cache_data(ttl=3600, max_entries=16, show_spinner=False)

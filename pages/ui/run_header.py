@@ -134,12 +134,12 @@ def _progress_bar(status: RunStatus, progress: TrainProgress) -> None:
 
 def _figures(status: RunStatus, progress: TrainProgress) -> None:
     total = progress.total_iterations
-    elapsed = status.elapsed_seconds(time.time())
+    elapsed = status.total_seconds(time.time())
     figures = {
-        "iteration": f"{progress.iteration:,} / {total:,}" if total else f"{progress.iteration:,}",
-        "loss": None if progress.loss is None else f"{progress.loss:.4f}",
-        "speed": None if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f}",
-        "elapsed": None if elapsed is None else duration(elapsed),
+        "monitor.iteration": f"{progress.iteration:,} / {total:,}" if total else f"{progress.iteration:,}",
+        "runs.columns.loss": None if progress.loss is None else f"{progress.loss:.4f}",
+        "monitor.recent_speed": None if progress.tokens_per_second is None else f"{progress.tokens_per_second:,.0f}",
+        "runs.columns.duration": None if elapsed is None else duration(elapsed),
     }
-    shown = [f"{t(f'monitor.{name}')} &nbsp;**{value}**" for name, value in figures.items() if value is not None]
-    st.markdown(" &emsp;&emsp; ".join(shown))
+    shown = [f"{t(name)} &nbsp;**{value}**" for name, value in figures.items() if value is not None]
+    st.markdown(" &emsp;&emsp; ".join(shown), help=t("monitor.figures_help"))

@@ -52,7 +52,7 @@ def run_table(rows: list[RunSummary]) -> list[RunSummary]:
         selection_mode="multi-row",
         column_config={name: t(f"runs.columns.{name}") for name in _COLUMNS}
         | {
-            "loss": number(t("runs.columns.loss"), format="%.4f"),
+            "loss": number(t("runs.columns.loss"), format="%.4f", help=t("runs.loss_help")),
             "validation": number(t("runs.columns.validation"), format="%.4f"),
             "tokens": number(t("runs.columns.tokens"), format="compact"),
             "speed": number(t("runs.columns.speed"), format="%.0f"),

@@ -33,5 +33,7 @@ def test_pictures_are_there_and_not_in_the_text(language: str) -> None:
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_nothing_of_the_guide_is_lost(language: str) -> None:
     text = "".join(chapter.text for chapter in chapters(language))
-    assert "    make run" in text, "an indented block stays one"
+    assert "```bash\nmake run\n```" in text, (
+        "fenced: Streamlit strips the spaces of a text that begins with an indented block"
+    )
     assert "`docs/results.md`" in text, "a link to a file that the app does not serve is named"

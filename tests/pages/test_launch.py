@@ -101,6 +101,7 @@ def test_resuming_on_other_ranks_says_what_will_happen(tmp_path: Path, monkeypat
     project = with_checkpoint(tmp_path / "p", cpu_processes=2)
     for run in project.train.iterdir():
         (run / "validation.jsonl").write_text('{"iteration": 8, "loss": 1.5, "is_best": true}\n')
+        (run / "metrics.jsonl").write_text('{"iteration": 8, "total_iterations": 8, "loss": 1.25}\n')
     validate_on(project, project.config / "tiny.py")
     app = show(project.root, monkeypatch)
     app.toggle(key="launch_resume").set_value(True).run()
@@ -111,8 +112,11 @@ def test_resuming_on_other_ranks_says_what_will_happen(tmp_path: Path, monkeypat
     assert any("Written by 2 processes" in info.value and "iteration 8 becomes 16" in info.value for info in app.info)
     app.number_input(key="launch_processes").set_value(2).run()
     assert not any("Written by" in info.value for info in app.info)
+    assert any("nothing left to do" in warning.value for warning in app.warning)
+    assert any(text.value == "1.2500" for text in app.markdown)
     app.segmented_control(key="launch_way").set_value("longer").run()
     assert any("Planned for 1 epochs, now 2" in info.value for info in app.info)
+    assert not any("nothing left to do" in warning.value for warning in app.warning)
 
 
 def test_a_start_that_writes_a_checkpoint_first_shows_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

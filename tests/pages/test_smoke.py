@@ -52,7 +52,7 @@ def test_a_failed_run_is_explained(stages: dict[str, Project], visit: Visit):
 def test_a_finished_project_shows_what_it_has(stages: dict[str, Project], visit: Visit):
     """What core wrote is on the pages: the loss, the deliverables, the conversation."""
     finished = stages["finished"]
-    assert any("0.3750" in markdown.value for markdown in visit(finished, "monitor").markdown)
+    assert any("1.0192" in markdown.value for markdown in visit(finished, "monitor").markdown)
     delivered = " ".join(markdown.value for markdown in visit(finished, "export").markdown)
     assert "huggingface/iter_8" in delivered
     assert "final_model/iter_8" in delivered

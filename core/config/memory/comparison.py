@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +93,17 @@ def way(setup: Setup) -> str:
 def card_of(run: RunDirectory) -> Card | None:
     """The first GPU that a run was given, from the first line of its gpu.jsonl."""
     try:
-        wanted = run.spec().gpus
+        return card_among(run, run.spec().gpus)
+    except DanluError:
+        return None
+
+
+def card_among(run: RunDirectory, wanted: Sequence[str]) -> Card | None:
+    """The same, where its GPUs (UUIDs or indices) are known."""
+    try:
         with open(run.gpu_file, encoding="utf-8") as stream:
             gpus = json.loads(stream.readline()).get("gpus", [])
-    except (DanluError, OSError, ValueError):
+    except (OSError, ValueError):
         return None
     for gpu in gpus:
         is_wanted = gpu.get("uuid") in wanted or str(gpu.get("index")) in wanted

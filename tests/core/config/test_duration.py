@@ -14,6 +14,7 @@ from core.config.findings import Context
 from core.config.source import ConfigSource
 from core.project import Project
 from core.runs.directory import RunDirectory
+from core.runs.jobs import look_at_runs
 from core.runs.request import TrainRequest
 from core.runs.train import plan
 from tests.models import write_tiny_qwen2
@@ -53,7 +54,7 @@ def test_from_earlier_runs_on_this_card(trained: tuple[Project, ConfigSource, Pa
     earlier_run(project, config, "one", seconds=0.5)
     earlier_run(project, config, "two", seconds=0.5)
     earlier_run(project, config, "elsewhere", card="Tesla T4", seconds=9.0)
-    found = estimate_duration(project, source, context(source), card=CARD, is_fast=True)
+    found = estimate_duration(look_at_runs(project), source, context(source), card=CARD, is_fast=True)
     assert found is not None
     assert (found.basis, set(found.runs)) == ("runs", {"one", "two"})
     assert found.tokens_per_update == 64 * 2
@@ -68,16 +69,16 @@ def test_another_method_is_no_measure(trained: tuple[Project, ConfigSource, Path
     project, source, config = trained
     earlier_run(project, config, "lora")
     full = set_method(source, "full")
-    found = estimate_duration(project, full, context(full), card=CARD, is_fast=False)
+    found = estimate_duration(look_at_runs(project), full, context(full), card=CARD, is_fast=False)
     assert found is not None
     assert found.basis == "guess"
 
 
 def test_a_guess_says_so_and_follows_the_arithmetic(trained: tuple[Project, ConfigSource, Path]) -> None:
     project, source, _ = trained
-    stock = estimate_duration(project, source, context(source), card=CARD, is_fast=False)
-    fast = estimate_duration(project, source, context(source), card=CARD, is_fast=True)
-    old = estimate_duration(project, source, context(source), card="Tesla T4", is_fast=False)
+    stock = estimate_duration(look_at_runs(project), source, context(source), card=CARD, is_fast=False)
+    fast = estimate_duration(look_at_runs(project), source, context(source), card=CARD, is_fast=True)
+    old = estimate_duration(look_at_runs(project), source, context(source), card="Tesla T4", is_fast=False)
     assert stock is not None
     assert fast is not None
     assert old is not None
@@ -85,7 +86,7 @@ def test_a_guess_says_so_and_follows_the_arithmetic(trained: tuple[Project, Conf
     assert stock.basis == "guess"
     assert fast.seconds[0] < stock.seconds[0] < stock.seconds[1]
     assert old.seconds[0] / stock.seconds[0] == pytest.approx(989.4 / 65, rel=1e-6)
-    unknown = estimate_duration(project, source, context(source), card=None, is_fast=False)
+    unknown = estimate_duration(look_at_runs(project), source, context(source), card=None, is_fast=False)
     assert unknown is not None
     assert (unknown.basis, unknown.seconds) == ("unknown", None)
 
@@ -93,7 +94,7 @@ def test_a_guess_says_so_and_follows_the_arithmetic(trained: tuple[Project, Conf
 def test_without_data_nothing_is_known(trained: tuple[Project, ConfigSource, Path]) -> None:
     project, source, _ = trained
     gone = source.set("data_files", ["/gone.jsonl"])
-    assert estimate_duration(project, gone, context(gone), card=CARD, is_fast=False) is None
+    assert estimate_duration(look_at_runs(project), gone, context(gone), card=CARD, is_fast=False) is None
 
 
 def test_the_price_is_for_every_card(project: Project) -> None:

@@ -88,6 +88,16 @@ def wait_until(is_true: Callable[[], bool], timeout_seconds: float = 240.0) -> N
         time.sleep(0.02)
 
 
+def save_checkpoint(run: RunDirectory, iteration: int) -> Path:
+    """A file that inspect_checkpoint takes for one of mmengine's."""
+    import torch
+
+    path = run.path / f"iter_{iteration}.pth"
+    state = {"meta": {"iter": iteration}, "state_dict": {"llm.x": torch.zeros(2)}, "optimizer": {"state": {}}}
+    torch.save(state, path)
+    return path
+
+
 def log_of(run: RunDirectory) -> str:
     return run.log_file.read_text(encoding="utf-8") if run.log_file.exists() else ""
 

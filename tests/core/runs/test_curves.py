@@ -5,7 +5,7 @@ import pytest
 
 from core.runs.curves import downsample, ratio, smooth
 from core.runs.metrics import COLUMNS, Metrics, merge_resumes
-from core.runs.progress import measure, tokens_per_second
+from core.runs.progress import measure, recent_loss, tokens_per_second
 
 
 def metrics_of(**columns: list[float]) -> Metrics:
@@ -70,6 +70,17 @@ def test_remaining_time_counts_pauses_but_not_the_time_before_a_resume() -> None
 def test_progress_without_metrics() -> None:
     progress = measure(metrics_of(iteration=[]))
     assert (progress.iteration, progress.fraction, progress.remaining_seconds) == (0, None, None)
+
+
+def test_the_loss_is_the_mean_of_the_last_ten_numbers() -> None:
+    losses = [float(n) for n in range(1, 21)]
+    losses[18] = np.nan
+    metrics = metrics_of(iteration=list(range(1, 21)), loss=losses)
+    assert recent_loss(metrics) == pytest.approx(np.mean([10, *range(11, 19), 20]))
+    assert recent_loss(metrics, until=12) == pytest.approx(np.mean(range(3, 13)))
+    assert recent_loss(metrics, until=2) == 1.5
+    assert recent_loss(metrics, until=0) is None
+    assert measure(metrics).loss == recent_loss(metrics)
 
 
 def test_tokens_per_second_over_the_time_of_the_steps() -> None:

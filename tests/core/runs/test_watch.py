@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from core.errors import ConflictError, InputError, MachineError
 from core.files import write_json
@@ -29,7 +28,7 @@ from core.runs.metrics import MetricsReader
 from core.runs.state import Phase, read_attempt, read_status
 from core.runs.watch import Watch, WatchRules, read_alerts, read_rules
 from core.runs.webhook import body_for, check, post
-from tests.core.runs.conftest import Start, log_of, wait_for, wait_for_step, wait_until
+from tests.core.runs.conftest import Start, log_of, save_checkpoint, wait_for, wait_for_step, wait_until
 
 
 @dataclass
@@ -65,14 +64,6 @@ def receiver() -> Iterator[Receiver]:
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-def save_checkpoint(run: RunDirectory, iteration: int) -> Path:
-    """A file that inspect_checkpoint takes for one of mmengine's."""
-    path = run.path / f"iter_{iteration}.pth"
-    state = {"meta": {"iter": iteration}, "state_dict": {"llm.x": torch.zeros(2)}, "optimizer": {"state": {}}}
-    torch.save(state, path)
-    return path
 
 
 def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(start: Start) -> None:
@@ -211,6 +202,22 @@ def test_half_lines_and_a_replaced_file(tmp_path: Path, monkeypatch: pytest.Monk
     watch.look()
     run.metrics_file.unlink()
     watch.look()
+
+
+def test_rules_that_change_within_one_tick_of_the_clock_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.runs.watch.LOOK_SECONDS", 0.0)
+    run = RunDirectory(tmp_path)
+    watch = Watch(run, spec(), None)
+    for webhook in ("http://a", "http://b", "http://long"):
+        write_json(run.watch_file, {"webhook": webhook})
+        os.utime(run.watch_file, ns=(10**18, 10**18))
+        watch.look()
+        assert watch._rules.webhook == webhook
+    run.watch_file.unlink()
+    watch.look()
+    assert watch._rules == WatchRules()
 
 
 def test_a_new_watch_closes_what_an_old_one_left_open(tmp_path: Path) -> None:
