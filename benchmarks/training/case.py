@@ -203,18 +203,13 @@ max_length = {length!r}
 batch_size = {batch!r}
 accumulative_counts = {accumulation!r}
 llm = dict(
-    type=random_llm,
+    type={loader},
     pretrained_model_name_or_path={folder!r},
     trust_remote_code=True,
     torch_dtype=torch.bfloat16,
     attn_implementation='sdpa',
+    {quantization}
 )
-if {quantised!r}:
-    llm['type'] = AutoModelForCausalLM.from_pretrained
-    llm['quantization_config'] = dict(
-        type=BitsAndBytesConfig, load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=True, bnb_4bit_quant_type='nf4',
-    )
 model = dict(
     type=SupervisedFinetune, use_varlen_attn=False, llm=llm, use_activation_checkpointing={checkpointing!r},
     lora=dict(type=LoraConfig, r=64, lora_alpha=16, lora_dropout={dropout!r}, bias='none', task_type='CAUSAL_LM'),
@@ -252,11 +247,18 @@ log_processor = dict(by_epoch=False)
 """
 
 
+_QUANTIZATION: Final = (
+    "quantization_config=dict(type=BitsAndBytesConfig, load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, "
+    "bnb_4bit_use_double_quant=True, bnb_4bit_quant_type='nf4'),"
+)
+
+
 def config_source(case: Case, folder: Path, work: Path) -> str:
     """The guide's config for this case, as source text."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu, is_packed = torch.cuda.is_available(), case.method == "qlora"
     return CONFIG_SOURCE.format(
-        folder=str(folder), quantised=case.method == "qlora", checkpointing=case.checkpointing, dropout=case.dropout,
+        folder=str(folder), loader="AutoModelForCausalLM.from_pretrained" if is_packed else "random_llm",
+        quantization=_QUANTIZATION if is_packed else "", checkpointing=case.checkpointing, dropout=case.dropout,
         case=json.dumps(asdict(case)), length=case.length, batch=case.batch, learning_rate=case.learning_rate,
         accumulation=case.accumulation, with_amp=on_gpu and case.precision == "bf16",
         iterations=case.steps * case.accumulation, work=str(work), name=work.name,

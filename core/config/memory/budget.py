@@ -118,7 +118,8 @@ def make_budget(shape: Shape, setup: Setup, *, free_bytes: int | None = None, co
 
 
 def _can_be_fast(shape: Shape, setup: Setup) -> bool:
-    return shape.model_type in FAMILIES and setup.is_adapted and setup.engine is Engine.AMP
+    can_step = setup.engine is Engine.AMP or (setup.engine is Engine.DEEPSPEED and setup.stage < 3)
+    return shape.model_type in FAMILIES and setup.is_adapted and can_step
 
 
 def _doubts(shape: Shape, setup: Setup) -> tuple[Message, ...]:

@@ -6,9 +6,9 @@ The same arithmetic as core/xtuner/runtime/speed (apply, memory), from a shape i
 from dataclasses import dataclass
 from typing import Final
 
-from core.config.memory.formula import Counts, packed_bytes, static
+from core.config.memory.formula import Counts, buckets, packed_bytes, static
 from core.config.memory.moments import Part
-from core.config.memory.setup import Setup
+from core.config.memory.setup import Engine, Setup
 from core.config.memory.shape import Shape
 from core.xtuner.runtime.speed import parts
 
@@ -20,10 +20,10 @@ _CHUNK_COPIES: Final = 3
 _BLOCKS: Final = (4096, 2048, 1024, 512)
 _TOKENS_PER_PASS: Final = 16384
 _SMALL_PASS: Final = 8192
+_PLANNED_FOR_TRAINED: Final = 12
+"""Bytes of gradient and moments that the speed layer plans for each trained parameter, whoever holds them."""
 _ITEM: Final = 2
 """Bytes of the arithmetic: the speed layer casts frozen weights once, to 16 bits."""
-_RESIDUAL: Final = 4
-"""Peft has lifted the embedding, and with it the residual stream, to float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +53,26 @@ class Plan:
 def fast_peak(shape: Shape, setup: Setup, counts: Counts, free_bytes: int) -> FastPeak:
     """`free_bytes`: on the device before anything of the run lies there."""
     free_bytes = min(free_bytes, setup.wish.memory_limit_bytes or free_bytes)
-    adapters, optimizer, gradients = (size * counts.trained for size in (4, 8, 4))
-    held = _weights(shape, setup, counts) + adapters
-    unpacked = _unpacked(setup, counts, free_bytes - held)
-    # The base comes to the device as peft made it, in float32, and is cast there.
-    loaded = static(setup, counts)
-    loading = round(loaded.weights + loaded.adapters)
+    lying = static(setup, counts)
+    has_engine = setup.engine is Engine.DEEPSPEED
+    held = _weights(shape, setup, counts) + round(lying.adapters)
+    # Before anything is planned: DeepSpeed takes them with the first gradient.
+    reduced = round(buckets(setup, counts)) if has_engine else 0
+    free_bytes -= held + reduced
+    unpacked = _unpacked(setup, counts, free_bytes)
+    # The base comes to the device as peft made it, without DeepSpeed in float32, and is cast there.
+    loading = round(lying.weights + lying.adapters)
     smallest = _passes(setup)[-1]
-    least = held + needed(shape, setup, counts, smallest, recomputed=shape.layers, block=_BLOCKS[-1])
-    tokens, chosen = _chosen(shape, setup, counts, free_bytes - held - unpacked)
+    least = held + reduced + needed(shape, setup, counts, smallest, recomputed=shape.layers, block=_BLOCKS[-1])
+    tokens, chosen = _chosen(shape, setup, counts, free_bytes - unpacked)
     need = chosen.expected_bytes
     sizes = {
-        Part.WEIGHTS: held - adapters + unpacked,
-        Part.ADAPTERS: adapters,
-        Part.OPTIMIZER: optimizer,
-        Part.GRADIENTS: gradients,
-        Part.ACTIVATIONS: need - optimizer - gradients,
+        Part.WEIGHTS: held - round(lying.adapters) + unpacked,
+        Part.ADAPTERS: round(lying.adapters),
+        Part.OPTIMIZER: round(lying.optimizer),
+        Part.GRADIENTS: round(lying.gradients) if has_engine else 4 * counts.trained,
+        Part.ACTIVATIONS: need - _PLANNED_FOR_TRAINED * counts.trained,
+        Part.BUCKETS: reduced,
         Part.WORK: max(0, loading - held - unpacked - need),
     }
     return FastPeak(max(loading, least), sum(sizes.values()), tokens, chosen.recomputed_layers, sizes)
@@ -110,23 +114,27 @@ def needed(shape: Shape, setup: Setup, counts: Counts, tokens: int, *, recompute
     hidden, width = shape.hidden, 2 * shape.intermediate
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_width
     ranks = setup.rank * sum(m.count for m in shape.matrices if setup.has_adapter(m.name)) // shape.layers
-    kept = 2 * hidden * (_RESIDUAL + _ITEM) + _ITEM * (heads + shape.attention_width + width + ranks) + 4 * shape.heads
-    trained = counts.trained * (12 + _ITEM)
+    kept = (
+        2 * hidden * (counts.residual + _ITEM)
+        + _ITEM * (heads + shape.attention_width + width + ranks)
+        + 4 * shape.heads
+    )
+    trained = counts.trained * (_PLANNED_FOR_TRAINED + _ITEM)
     unpacked = hidden * max(heads, width) * _ITEM if setup.method == "qlora" else 0
     in_backward = tokens * _ITEM * (2 * width + 6 * hidden) + 2 * unpacked
     logits = _CHUNK_COPIES * min(block, tokens) * shape.vocabulary * _ITEM
     fixed = trained + max(in_backward, logits) + tokens * hidden * 3 * _ITEM
     again = kept * tokens if recomputed else 0
-    return fixed + tokens * (kept * (shape.layers - recomputed) + hidden * _RESIDUAL * recomputed) + again
+    return fixed + tokens * (kept * (shape.layers - recomputed) + hidden * counts.residual * recomputed) + again
 
 
 def _weights(shape: Shape, setup: Setup, counts: Counts) -> int:
-    """Frozen matrices in 16 bits or packed, embedding and norms in float32."""
+    """Frozen matrices in 16 bits or packed; embedding and norms in float32, as peft lifts them, but with DeepSpeed in 16 bits."""
     heads = 1 if shape.is_tied else 2
     linear = counts.linear * (packed_bytes(setup) if setup.method == "qlora" else _ITEM)
     head = 0 if shape.is_tied else counts.head * _ITEM
-    norms = max(0, counts.base - counts.linear - counts.head * heads) * 4
-    return round(linear + counts.head * 4 + head + norms)
+    norms = max(0, counts.base - counts.linear - counts.head * heads) * counts.residual
+    return round(linear + counts.head * counts.residual + head + norms)
 
 
 def _passes(setup: Setup) -> list[int]:

@@ -150,7 +150,8 @@ def static(setup: Setup, counts: Counts) -> Static:
     ranks = setup.world_size
     if setup.stage == 3:
         is_gathered = setup.method != "qlora" and (ranks > 1 or setup.offloads_parameters)
-        gathered = 2 * min(setup.live_elements, counts.base) if is_gathered else 0
+        # The limit holds back what is fetched ahead; embedding and head come on top of it when they are needed.
+        gathered = 2 * min(setup.live_elements + 2 * counts.head, counts.base) if is_gathered else 0
         weights = (0 if setup.offloads_parameters else weights / ranks) + gathered
     optimizer = 0 if setup.is_offloaded else 12 * counts.trained / ranks
     gradients = 0 if setup.is_offloaded else 2 * counts.trained / (ranks if setup.stage >= 2 else 1)

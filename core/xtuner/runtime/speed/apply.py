@@ -45,6 +45,8 @@ class Site:
     accumulation: int
     recomputes: bool
     """Whether the config asks for activation checkpointing."""
+    reserved_bytes: int
+    """What someone else will take before the first pass is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,12 @@ def apply(
     reports: Reports,
     batch: Mapping[str, Any],
     accumulation: int,
+    reserved_bytes: int = 0,
 ) -> Applied:
     """Give a SupervisedFinetune the fast pass: `model(batch: Pass, seed, mode="loss")` → `{"loss": (micro_batches)}`.
 
     dtype: of the matrix products (autocast's), None: the embedding's. batch: the `data` of a micro-batch, for sizes and the trial.
-    Raises UnsupportedModelError; the model then computes as before.
+    reserved_bytes: on the device, for what is not there yet. Raises UnsupportedModelError; the model then computes as before.
     """
     decoder = read_decoder(model.llm)
     device = decoder.embedding.get_parameter("weight").device
@@ -88,6 +91,7 @@ def apply(
         micro_tokens=int(batch["input_ids"].numel()),
         accumulation=accumulation,
         recomputes=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        reserved_bytes=reserved_bytes,
     )
     probe = _probe(batch)
     expected = _stock_loss(model, probe, dtype, device)
@@ -181,7 +185,7 @@ def _unpack(decoder: Decoder, site: Site, wish: Wish, reports: Reports) -> None:
         reports.off(parts.UNPACKED, message("speed.left.not_4bit"))
         return
     needed = sum(group.weight.elements for group in packed) * site.dtype.itemsize
-    if needed > _UNPACKED_SHARE * memory.free_bytes(site.device, wish.memory_limit_bytes):
+    if needed > _UNPACKED_SHARE * _free_bytes(site, wish):
         reports.off(parts.UNPACKED, message("speed.left.unpacked_too_large", gib=_gib(needed)))
         return
     for group in packed:
@@ -189,9 +193,13 @@ def _unpack(decoder: Decoder, site: Site, wish: Wish, reports: Reports) -> None:
     reports.on(parts.UNPACKED, message("speed.on.unpacked", gib=_gib(needed)))
 
 
+def _free_bytes(site: Site, wish: Wish) -> int:
+    return max(0, memory.free_bytes(site.device, wish.memory_limit_bytes) - site.reserved_bytes)
+
+
 def _plan(decoder: Decoder, site: Site, wish: Wish) -> memory.MemoryPlan:
     """The largest pass, in whole micro-batches that divide the accumulation, that fits; recomputing only as much as it must."""
-    free = memory.free_bytes(site.device, wish.memory_limit_bytes)
+    free = _free_bytes(site, wish)
     micro = site.micro_tokens
     target = wish.tokens_per_pass or (_TOKENS_PER_PASS if site.device.type == "cuda" else micro)
     accumulation = range(1, site.accumulation + 1)

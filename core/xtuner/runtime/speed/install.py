@@ -171,8 +171,9 @@ def make_step(runner: Any, loader: LookAhead, wish: Wish, reports: Reports, *, k
     batch = upcoming[0]["data"]
     accumulation = wrapper._accumulative_counts if engine is None else engine.gradient_accumulation_steps()
     applied = apply(
-        model, dtype=_autocast_dtype(wrapper), wish=wish, reports=reports, batch=batch, accumulation=accumulation
-    )
+        model, dtype=_autocast_dtype(wrapper), wish=wish, reports=reports, batch=batch, accumulation=accumulation,
+        reserved_bytes=_bucket_bytes(engine),
+    )  # fmt: skip
     step: type[GroupedStep] = PlainStep if engine is None else EngineStep
     return step(
         held,
@@ -184,6 +185,13 @@ def make_step(runner: Any, loader: LookAhead, wish: Wish, reports: Reports, *, k
         seed=lambda: (runner.seed * 1000003 + runner.rank * 7919 + int(runner.train_loop.iter)) % 2**31,
         tighten=applied.tighten,
     )
+
+
+def _bucket_bytes(engine: Any) -> int:
+    """What DeepSpeed takes on the device with the first gradient (0.19, ZeRO-1 and 2): two buckets where it reduces while it computes."""
+    optimizer = getattr(engine, "optimizer", None)
+    elements = int(getattr(optimizer, "reduce_bucket_size", 0))
+    return 2 * elements * (2 if getattr(optimizer, "overlap_comm", False) else 1)
 
 
 def _autocast_dtype(wrapper: Any) -> torch.dtype | None:
