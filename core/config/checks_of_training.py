@@ -67,7 +67,9 @@ def check_varlen(source: ConfigSource, context: Context) -> Iterator[Finding]:
         yield found("varlen_packing", Severity.ERROR, line=line, fix=fix)
     batch = int(number(source, "batch_size", 1))
     if batch > 1:
-        counts = int(number(source, "accumulative_counts", 1)) * batch
+        # As written: XTuner's `accumulative_counts *= sequence_parallel_size` comes after it and stays.
+        written = source.get("accumulative_counts", 1)
+        counts = (written if isinstance(written, int) else int(number(source, "accumulative_counts", 1))) * batch
         fix = lambda edited: edited.set("batch_size", 1).set("accumulative_counts", counts)  # noqa: E731
         yield found(
             "varlen_batch", Severity.ERROR, line=source.line_of("batch_size"), fix=fix, batch=batch, counts=counts
@@ -158,14 +160,15 @@ def check_length(source: ConfigSource, context: Context) -> Iterator[Finding]:
 
 
 def check_disk(source: ConfigSource, context: Context) -> Iterator[Finding]:
-    """Room for `save_total_limit` checkpoints, the best one, and one more while the oldest is not yet deleted."""
+    """Room for `save_total_limit` checkpoints (two where it has no end), the best one, and one more while the oldest is not yet deleted."""
     free, model, keep = context.machine.free_bytes, context.model, int(number(source, "save_total_limit", 2))
+    counted = keep if keep > 0 else 2
     if free is None or model is None or not model.weight_bytes:
         return
     one = model.weight_bytes * _BYTES_PER_WEIGHT_SAVED[method_of(source)]
     validation = read_validation(source)
     is_best_kept = validation is not None and validation.save_best
-    needed = one * ((keep + 1 if keep > 0 else 3) + is_best_kept)
+    needed = one * (counted + 1 + is_best_kept)
     if needed > free:
         line = source.line_of("save_total_limit")
         needed_gib, free_gib = round(needed / 2**30, 1), round(free / 2**30, 1)
@@ -176,7 +179,7 @@ def check_disk(source: ConfigSource, context: Context) -> Iterator[Finding]:
             Severity.ERROR,
             line=line,
             fix=fix,
-            keep=keep,
+            keep=counted,
             needed_gib=needed_gib,
             free_gib=free_gib,
             fewer=fewer,

@@ -1,6 +1,7 @@
 """Checks of validation: its data, how often, early stopping, and what it cannot be combined with."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -27,23 +28,22 @@ _DEAR: Final = 0.25
 
 def check_validation_files(source: ConfigSource, context: Context) -> Iterator[Finding]:
     """The files exist, hold other rows than the training data, and are read by the function for their format."""
-    del context
     validation = read_validation(source)
     if validation is None:
-        yield from _held_out(source)
+        yield from _held_out(source, context.root)
         return
-    line, part = _line(source), _split_part(source)
+    line, part = _line(source), _split_part(source, context.root)
     fix = lambda edited: set_validation(edited, read_data(part) if part else None)  # noqa: E731
     offer = part.name if part else "–"
     for name in validation.files:
-        if not Path(name).is_file():
+        if not (context.root / name).is_file():
             yield found("validation_missing", Severity.ERROR, line=line, fix=fix, path=name, offer=offer)
             return
-    same = [name for name in validation.files if _is_among(name, data_files(source))]
+    same = [name for name in validation.files if _is_among(name, data_files(source), context.root)]
     if same:
         yield found("validation_same", Severity.WARNING, line=line, fix=fix, path=same[0], offer=offer)
         return
-    facts = facts_of(validation)
+    facts = facts_of(replace(validation, files=tuple(str(context.root / name) for name in validation.files)))
     if facts is None:
         return
     if not facts.is_native:
@@ -109,9 +109,9 @@ VALIDATION_CHECKS: Final[tuple[Check, ...]] = (
 )
 
 
-def _held_out(source: ConfigSource) -> Iterator[Finding]:
+def _held_out(source: ConfigSource, root: Path) -> Iterator[Finding]:
     """Half of a split that nobody uses: a person who split the data wanted to validate on it."""
-    file = _split_part(source)
+    file = _split_part(source, root)
     if file is not None:
         fix = lambda edited: set_validation(edited, read_data(file))  # noqa: E731
         yield found("validation_unused", Severity.ADVICE, fix=fix, file=file.name)
@@ -141,10 +141,10 @@ def _line(source: ConfigSource) -> int | None:
     return source.line_of(f"{BLOCK}.dataset.dataset.data_files")
 
 
-def _split_part(source: ConfigSource) -> Path | None:
+def _split_part(source: ConfigSource, root: Path) -> Path | None:
     files = data_files(source)
-    return sibling(Path(files[0])) if len(files) == 1 else None
+    return sibling(root / files[0]) if len(files) == 1 else None
 
 
-def _is_among(name: str, files: list[str]) -> bool:
-    return any(Path(name).resolve() == Path(file).resolve() for file in files)
+def _is_among(name: str, files: list[str], root: Path) -> bool:
+    return any((root / name).resolve() == (root / file).resolve() for file in files)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from core.config.checks import Surroundings, apply_fix, check, fix_all, gather
+from core.config.edits import set_method
 from core.config.facts import DataFacts, Machine, ModelFacts, read_data, read_model
 from core.config.findings import Context, Finding, Severity
 from core.config.source import ConfigSource
@@ -16,6 +17,7 @@ from core.config.values import Code
 from core.project import Project
 from tests.core.config.conftest import GPU
 from tests.models import write_tiny_internlm2
+from tests.training import write_rows
 
 Edit = Callable[[ConfigSource], ConfigSource]
 HOOK = "custom_hooks[EvaluateChatHook]"
@@ -49,6 +51,8 @@ def many(*edits: Edit) -> Edit:
 
 NF4 = sets("model.llm.quantization_config", {"type": Code("BitsAndBytesConfig"), "load_in_4bit": True})
 VARLEN = sets("use_varlen_attn", True)
+SPLIT = sets("sequence_parallel_size", 2)
+PLAIN_SAMPLER = sets("train_dataloader.sampler.type", Code("DefaultSampler"))
 TWO_CARDS = {"machine": FLASH, "world_size": 2}
 HASTY = many(
     sets("accumulative_counts", 4000), sets("save_steps", 4000), sets("max_epochs", 1), sets("max_length", 8192)
@@ -66,7 +70,7 @@ BROKEN: list[tuple[str, Severity, Edit, dict[str, Any]]] = [
     ("varlen_packing", Severity.ERROR, many(VARLEN, sets("pack_to_max_length", False)), {"machine": FLASH}),
     ("varlen_batch", Severity.ERROR, many(VARLEN, sets("batch_size", 2)), {"machine": FLASH}),
     ("sequence_parallel", Severity.ERROR, sets("sequence_parallel_size", 4), TWO_CARDS),
-    ("sequence_parallel_sampler", Severity.ERROR, sets("sequence_parallel_size", 2), {**TWO_CARDS, "deepspeed": "deepspeed_zero2"}),
+    ("sequence_parallel_sampler", Severity.ERROR, many(SPLIT, PLAIN_SAMPLER), {**TWO_CARDS, "deepspeed": "deepspeed_zero2"}),
     ("no_bf16", Severity.ERROR, sets("max_epochs", 3), {"machine": dataclasses.replace(GPU, supports_bf16=False)}),
     ("prefer_bf16", Severity.ADVICE, sets("optim_wrapper.dtype", "float16"), {}),
     ("no_bitsandbytes", Severity.ERROR, NF4, {"machine": dataclasses.replace(GPU, has_bitsandbytes=False)}),
@@ -100,8 +104,6 @@ def test_what_is_wrong_is_found_and_mended(
 
 
 def test_trained_weights_in_half_precision(made: ConfigSource) -> None:
-    from core.config.edits import set_method
-
     half = set_method(made, "full").set("lr", 2e-5)
     found = codes(half)["half_full"]
     assert found.severity is Severity.ERROR
@@ -274,8 +276,6 @@ def test_disk_too_small_for_the_checkpoints(made: ConfigSource, qwen2: ModelFact
 def test_what_another_start_mends(
     made: ConfigSource, code: str, deepspeed: str | None, choice: str, method: str, options: dict[str, Any]
 ) -> None:
-    from core.config.edits import set_method
-
     source = set_method(made, method).set("lr", 2e-5 if method == "full" else 2e-4)
     machine = dataclasses.replace(GPU, **options)
     found = codes(source, deepspeed=deepspeed, machine=machine)[code]
@@ -301,8 +301,6 @@ def test_sequence_parallelism_asks_for_deepspeed(made: ConfigSource) -> None:
 def test_fix_all_mends_the_guides_config_at_once(shipped: ConfigSource, project: Project) -> None:
     """XTuner's config as shipped, on this machine: hub model, hub data, float16, too many processes."""
     model = read_model(write_tiny_internlm2(project.model / "tiny-internlm2"))
-    from tests.training import write_rows
-
     data = read_data(write_rows(project.data / "rows.jsonl", 3000))
     around = Surroundings(machine=GPU, models=[model.path], data_files=[data.path])
     before = check(shipped, gather(shipped, around))

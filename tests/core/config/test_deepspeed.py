@@ -15,7 +15,7 @@ from core.config import deepspeed
 from core.config.checks_of_deepspeed import check_setting, require_usable
 from core.config.deepspeed import Setting, Zero, read_zero, zero_of, zero_of_choice
 from core.config.deepspeed_keys import SECTIONS
-from core.config.facts import DataFacts, ModelFacts
+from core.config.facts import DataFacts, Machine, ModelFacts
 from core.config.findings import Context, Finding, Severity
 from core.config.json_places import read_object
 from core.config.memory.budget import read_budget
@@ -29,6 +29,7 @@ from core.xtuner.command import DEEPSPEED_CHOICES
 from tests.core.config.conftest import GPU
 
 AUTO = {"enabled": "auto"}
+PLACE = ("key", "line", "column")
 
 
 @pytest.fixture
@@ -103,6 +104,112 @@ def test_what_is_wrong_is_named_with_its_place(
     assert [finding.message.params["key"] for finding in findings] == [key]
     line = findings[0].message.params["line"]
     assert f'"{key.rpartition(".")[2]}"' in written.splitlines()[line - 1]
+
+
+@pytest.mark.parametrize(
+    ("zero", "top", "code", "severity", "params"),
+    [
+        ({"overlap_com": True}, {}, "unknown_key_near", "error", {"near": "overlap_comm"}),
+        ({"cpu_offload": True}, {}, "unknown_key_near", "error", {"near": "offload_optimizer"}),
+        ({"qqq": 1}, {}, "unknown_key", "error", {"near": ""}),
+        ({}, {"gradient_cliping": 1.0}, "ignored_key_near", "warning", {"near": "gradient_clipping"}),
+        ({}, {"//": "a note"}, "ignored_key", "warning", {"near": ""}),
+        ({"stage": 4}, {}, "stage", "error", {"value": "4"}),
+        ({"stage": None}, {}, "stage", "error", {"value": "–"}),
+        ({"stage": "2"}, {}, "kind", "error", {"value": "2", "kind": "int"}),
+        ({"stage": True}, {}, "kind", "error", {"value": "True", "kind": "int"}),
+        ({"overlap_comm": 1}, {}, "kind", "error", {"value": "1", "kind": "bool"}),
+        ({"reduce_bucket_size": 1.5}, {}, "kind", "error", {"value": "1.5", "kind": "int"}),
+        ({"offload_optimizer": {"device": "gpu"}}, {}, "kind", "error", {"value": "gpu", "kind": "none / cpu / nvme"}),
+        ({}, {"communication_data_type": 16}, "kind", "error", {"value": "16", "kind": "text"}),
+        ({}, {"steps_per_print": "x" * 40}, "kind", "error", {"value": "x" * 40, "kind": "int"}),
+        ({}, {"steps_per_print": "x" * 41}, "kind", "error", {"value": "x" * 39 + "…", "kind": "int"}),
+        ({}, {"fp16": 3}, "kind", "error", {"value": "3", "kind": "object"}),
+        ({"reduce_bucket_size": "auto"}, {}, "auto_is_default", "warning", {}),
+        ({}, {"train_batch_size": "auto"}, "auto_stays", "error", {}),
+        ({"offload_param": {"device": "cpu"}}, {}, "parameters_need_stage_3", "error", {"stage": 2}),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, {}, "nvme_path", "error", {"name": "offload_param"}),
+        ({"offload_optimizer": {"device": "nvme"}}, {}, "nvme_path", "error", {"name": "offload_optimizer"}),
+        ({}, {"gradient_accumulation_steps": 4}, "other_number", "warning", {"value": "4", "used": "16"}),
+        ({}, {"train_micro_batch_size_per_gpu": 2}, "other_number", "warning", {"value": "2", "used": "1"}),
+        ({}, {"gradient_clipping": 0.5}, "other_number", "warning", {"value": "0.5", "used": "1"}),
+        ({}, {"train_batch_size": 16}, "train_batch", "error", {"value": 16, "expected": 32, "batch": 1, "counts": 16, "ranks": 2}),
+        ({}, {"fp16": {"enabled": True}}, "other_dtype", "warning", {"used": "float16", "configured": "bfloat16"}),
+        ({}, {"optimizer": {"type": "Adam"}}, "optimizer_ignored", "warning", {}),
+        ({}, {"scheduler": {"type": "WarmupLR"}}, "second_schedule", "error", {}),
+        ({}, {"amp": {"enabled": True}}, "amp", "error", {}),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_its_values(
+    made: ConfigSource, zero: dict[str, Any], top: dict[str, Any], code: str, severity: str, params: dict[str, object]
+) -> None:
+    (finding,) = (one for one in found(made, text(zero, **top)) if one.code == f"deepspeed_{code}")
+    assert finding.severity == severity
+    assert {name: value for name, value in finding.message.params.items() if name not in PLACE} == params
+
+
+@pytest.mark.parametrize(
+    ("zero", "top"),
+    [
+        ({"stage": 1}, {}),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, {}),
+        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}}, {}),
+        ({"offload_param": {"device": "none"}}, {}),
+        ({"offload_param": None}, {}),
+        ({"offload_optimizer": {"device": "none"}}, {}),
+        ({"offload_optimizer": {"device": "cpu"}}, {"zero_force_ds_cpu_optimizer": False}),
+        ({"round_robin_gradients": False}, {}),
+        ({"reduce_bucket_size": 5e8}, {}),
+        ({}, {"gradient_clipping": "auto"}),
+        ({}, {"gradient_clipping": 1.0}),
+        ({}, {"train_batch_size": 32}),
+        ({}, {"fp16": {"enabled": False}, "bf16": {"enabled": True}}),
+        ({}, {"optimizer": {}, "scheduler": {}}),
+        ({}, {"amp": {"enabled": False}}),
+        ({}, {"communication_data_type": "fp16"}),
+    ],
+)
+def test_what_is_right_is_not_spoken_of(made: ConfigSource, zero: dict[str, Any], top: dict[str, Any]) -> None:
+    assert found(made, text(zero, **top)) == []
+
+
+def test_the_numbers_are_those_the_config_trains_with(made: ConfigSource) -> None:
+    """Batch times accumulation times ranks; clipping where the config has it, else XTuner's own 1."""
+    source = made.set("batch_size", 2).set("accumulative_counts", 3).set("max_norm", 0.3)
+    numbers = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "gradient_clipping": 0.3}
+    assert found(source, text(train_batch_size=12, **numbers)) == []
+    (whole,) = found(source, text(train_batch_size=6, **numbers))
+    assert whole.message.params["expected"] == 12
+    silent = ConfigSource("optim_wrapper = dict()\n")
+    assert found(silent, text(gradient_clipping=1, gradient_accumulation_steps=1, train_batch_size=2)) == []
+    own = ConfigSource("optim_wrapper = dict(clip_grad=dict(max_norm=0.5))\n")
+    assert found(own, text(gradient_clipping=0.5)) == []
+    assert [one.message.params["used"] for one in found(own, text(gradient_clipping=1))] == ["0.5"]
+
+
+def test_precision_where_the_config_has_the_other_one(made: ConfigSource) -> None:
+    brain = text(fp16={"enabled": False}, bf16={"enabled": True})
+    (finding,) = found(made.set("optim_wrapper.dtype", "float16"), brain)
+    assert (finding.code, finding.severity) == ("deepspeed_other_dtype", Severity.WARNING)
+    said = {name: finding.message.params[name] for name in ("key", "used", "configured")}
+    assert said == {"key": "bf16", "used": "bfloat16", "configured": "float16"}
+    half = text(fp16={"enabled": True}, bf16={"enabled": False})
+    assert found(made.set("optim_wrapper.dtype", "float16"), half) == []
+    nothing = text(fp16={"enabled": False}, bf16={"enabled": False})
+    assert found(made, nothing, Context(machine=Machine())) == []
+    assert found(made, brain, Context(machine=Machine(supports_bf16=False))) == []
+
+
+def test_a_refusal_counts_the_errors_and_names_the_first(made: ConfigSource) -> None:
+    broken = text({"overlap_com": True, "stage": 7}, steps=1)
+    around = Context(machine=GPU, setting=Setting("mine", broken, read_object(broken), is_own=True))
+    with pytest.raises(InputError) as error:
+        require_usable(made, around)
+    expected = {"name": "mine", "count": 2, "key": "zero_optimization.stage", "line": 3}
+    assert (error.value.code, error.value.params) == ("deepspeed.has_errors", expected)
+    require_usable(made, dataclasses.replace(around, setting=None))
+    warned = text(notes=1)
+    require_usable(made, Context(machine=GPU, setting=Setting("mine", warned, read_object(warned), is_own=True)))
 
 
 def test_numbers_that_agree_and_those_of_another_machine(made: ConfigSource) -> None:

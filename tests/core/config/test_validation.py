@@ -15,6 +15,7 @@ from core.config.load import load_values
 from core.config.presets import Wishes, make
 from core.config.source import ConfigSource
 from core.config.validation import hold_out, read_validation, set_validation
+from core.config.values import Code
 from core.errors import InputError
 from core.project import Project
 from core.xtuner.catalogue import configs
@@ -156,7 +157,7 @@ def test_the_expected_time_has_it_in(project: Project, made: ConfigSource, many_
     times = []
     for one in (made, source):
         around = gather(one, Surroundings(machine=GPU))
-        duration = estimate_duration(project, one, around, card="NVIDIA H100 80GB HBM3", is_fast=True)
+        duration = estimate_duration([], one, around, card="NVIDIA H100 80GB HBM3", is_fast=True)
         assert duration is not None
         assert duration.seconds is not None
         times.append(duration.seconds[0])
@@ -196,3 +197,112 @@ def test_validation_that_takes_too_long_is_spread_just_enough(made: ConfigSource
     assert "validation_dear" not in codes(source.set("validation_freq", enough))
     assert "validation_dear" in codes(source.set("validation_freq", max(counts, enough - 2 * counts)))
     assert 10 < int(str(params["percent"])) < 100
+
+
+@pytest.mark.parametrize(
+    ("code", "path", "value", "place", "params", "mended"),
+    [
+        (
+            "validation_missing", "validation_files", ["/gone/rows.jsonl"], "validation_files",
+            {"path": "/gone/rows.jsonl", "offer": "–"}, [],
+        ),
+        (
+            "validation_map_fn", "validation.dataset.dataset_map_fn", None, "validation.dataset.dataset_map_fn",
+            {"written": "None", "wanted": "openai_map_fn"}, Code("openai_map_fn"),
+        ),
+        ("validation_freq", "validation_freq", 57, "validation_freq", {"every": 57, "counts": 4, "rounded": 56}, 56),
+        ("validation_freq", "validation_freq", 1, "validation_freq", {"every": 1, "counts": 4, "rounded": 4}, 4),
+        ("validation_never", "validation_freq", 20_000, "validation_freq", {"every": 20_000, "most": 17907, "usual": 1120}, 1120),
+        (
+            "patience_too_long", "early_stop_patience", 16, "early_stop_patience",
+            {"patience": 16, "every": 1120, "most": 17907, "fewer": 5}, 5,
+        ),
+        ("validation_parallel", "sequence_parallel_size", 2, "validation_files", {"size": 2}, None),
+        ("validation_dear", "validation_freq", 4, "validation_freq", {"every": 4, "percent": 97, "enough": 372}, 372),
+    ],
+)  # fmt: skip
+def test_a_finding_names_its_line_and_its_numbers_and_the_fix_puts_in_the_right_ones(
+    made: ConfigSource,
+    project: Project,
+    code: str,
+    path: str,
+    value: object,
+    place: str,
+    params: dict[str, object],
+    mended: object,
+) -> None:
+    """Four thousand rows: 1492 to 5969 micro-steps an epoch, three epochs, four of them a step."""
+    good = set_validation(made, read_data(write_rows(project.data / "held_out.jsonl", 400)))
+    source = good.set(path, value)
+    finding = codes(source)[code]
+    assert finding.line is not None
+    assert finding.line == source.line_of(place)
+    assert finding.message.params == params
+    after = apply_fix(source, finding)
+    if mended is None:
+        assert read_validation(after) is None
+    else:
+        assert after.get(path) == mended
+
+
+@pytest.mark.parametrize(
+    ("code", "path", "right", "wrong"),
+    [
+        ("validation_never", "validation_freq", 17904, 17908),
+        ("patience_too_long", "early_stop_patience", 15, 16),
+        ("validation_parallel", "sequence_parallel_size", 1, 2),
+        ("validation_freq", "validation_freq", 8, 6),
+    ],
+)
+def test_each_limit_is_where_it_is_said_to_be(
+    made: ConfigSource, project: Project, code: str, path: str, right: object, wrong: object
+) -> None:
+    source = set_validation(made, read_data(write_rows(project.data / "held_out.jsonl", 400)))
+    assert code not in codes(source.set(path, right))
+    assert code in codes(source.set(path, wrong))
+
+
+@pytest.mark.parametrize(("rows", "is_few"), [(19, True), (20, False)])
+def test_twenty_rows_are_not_few(project: Project, made: ConfigSource, rows: int, is_few: bool) -> None:
+    source = set_validation(made, read_data(write_rows(project.data / "held_out.jsonl", rows)))
+    finding = codes(source).get("validation_few")
+    assert (finding is not None) is is_few
+    if finding is not None:
+        assert (finding.line, finding.message.params) == (source.line_of("validation_files"), {"rows": 19})
+
+
+def test_files_that_are_named_from_the_project(project: Project, made: ConfigSource, many_rows: DataFacts) -> None:
+    """The trainer works in the project's folder: there a relative name begins, wherever the app runs."""
+    facts = read_data(write_rows(project.data / "held_out.jsonl", 19))
+    source = set_validation(made, facts)
+    inside = source.set("validation_files", ["data/held_out.jsonl"])
+    assert codes(inside, root=project.root)["validation_few"].message.params == {"rows": 19}
+    assert "validation_missing" not in codes(inside, root=project.root)
+    same = source.set("validation_files", ["data/many.jsonl"])
+    finding = codes(same, root=project.root)["validation_same"]
+    assert finding.message.params == {"path": "data/many.jsonl", "offer": "–"}
+
+
+def test_an_unused_half_and_a_format_are_named(project: Project, made: ConfigSource) -> None:
+    split = hold_out(project, made, 5)
+    validation = read_validation(split)
+    assert validation is not None
+    name = Path(validation.files[0]).name
+    finding = codes(set_validation(split, None))["validation_unused"]
+    assert finding.message.params == {"file": name}
+    gone = split.set("validation_files", ["/gone/rows.jsonl"])
+    finding = codes(gone)["validation_missing"]
+    assert finding.message.params["offer"] == name
+    assert read_validation(apply_fix(gone, finding)) == validation
+    file = project.data / "sharegpt.json"
+    file.write_text('[{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}]')
+    finding = codes(split.set("validation_files", [str(file)]))["validation_format"]
+    assert finding.message.params == {"path": str(file), "format": "sharegpt"}
+    assert finding.line == split.line_of("validation_files")
+
+
+def test_validation_without_a_word_on_sequence_parallelism_is_right(project: Project) -> None:
+    file = write_rows(project.data / "held_out.jsonl", 40)
+    source = ConfigSource(f"validation = dict(dataset=dict(dataset=dict(data_files=[{str(file)!r}])))\n")
+    assert read_validation(source) is not None
+    assert not codes(source).keys() & {"validation_parallel", "validation_freq", "validation_missing"}
