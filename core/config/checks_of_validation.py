@@ -1,7 +1,6 @@
 """Checks of validation: its data, how often, early stopping, and what it cannot be combined with."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -43,7 +42,7 @@ def check_validation_files(source: ConfigSource, context: Context) -> Iterator[F
     if same:
         yield found("validation_same", Severity.WARNING, line=line, fix=fix, path=same[0], offer=offer)
         return
-    facts = facts_of(replace(validation, files=tuple(str(context.root / name) for name in validation.files)))
+    facts = facts_of(validation, context.root)
     if facts is None:
         return
     if not facts.is_native:

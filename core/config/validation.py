@@ -109,9 +109,9 @@ def hold_out(project: Project, source: ConfigSource, percent: int) -> ConfigSour
     Raises InputError `config.no_local_data` if the config names no single file, and what `split_dataset` raises.
     """
     files = data_files(source)
-    if len(files) != 1 or not Path(files[0]).is_file():
+    if len(files) != 1 or not (project.root / files[0]).is_file():
         raise InputError("config.no_local_data")
-    split = split_dataset(project, Path(files[0]), percent)
+    split = split_dataset(project, project.root / files[0], percent)
     return set_validation(set_data(source, read_data(split.train)), read_data(split.validation))
 
 
@@ -136,7 +136,7 @@ def usual_every(source: ConfigSource, context: Context) -> int:
 def added_time(source: ConfigSource, context: Context) -> float:
     """Time that validation takes, as a part of the training's own: forward passes only, over the rows of its file; 0 without."""
     validation = read_validation(source)
-    facts = facts_of(validation) if validation else None
+    facts = facts_of(validation, context.root) if validation else None
     per_epoch = iterations_per_epoch(source, context)
     if validation is None or facts is None or context.data is None or not context.data.size_bytes or per_epoch is None:
         return 0.0
@@ -144,10 +144,10 @@ def added_time(source: ConfigSource, context: Context) -> float:
     return passes / validation.every
 
 
-def facts_of(validation: Validation) -> DataFacts | None:
-    """Of its one file; None if there are several, or it cannot be read."""
+def facts_of(validation: Validation, root: Path) -> DataFacts | None:
+    """Of its one file, seen from `root`; None if there are several, or it cannot be read."""
     try:
-        return read_data(Path(validation.files[0])) if len(validation.files) == 1 else None
+        return read_data(root / validation.files[0]) if len(validation.files) == 1 else None
     except InputError:
         return None
 
