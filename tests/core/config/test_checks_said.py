@@ -1,5 +1,6 @@
 """What a finding says: its line, its numbers, what its fix puts in; and that each limit is where it is said to be."""
 
+import ast
 import dataclasses
 import json
 from typing import Any
@@ -90,7 +91,7 @@ def test_a_finding_names_its_line_and_its_numbers_and_the_fix_puts_in_the_right_
     assert finding.message.params == params
     mended = apply_fix(broken, finding)
     if values is None:
-        assert mended.text == made.text
+        assert ast.dump(ast.parse(mended.text)) == ast.dump(ast.parse(made.text))  # long paths are broken into lines
     else:
         assert {path: mended.get(path) for path in values} == values
 
