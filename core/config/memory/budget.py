@@ -130,7 +130,7 @@ def _doubts(shape: Shape, setup: Setup) -> tuple[Message, ...]:
         found.append(message("budget.doubts.no_headers"))
     if setup.world_size > 1:
         found.append(message("budget.doubts.several_ranks"))
-    if setup.stage == 3 or setup.is_offloaded:
+    if setup.is_offloaded or setup.offloads_parameters:
         found.append(message("budget.doubts.not_measured"))
     if setup.engine is Engine.PLAIN:
         found.append(message("budget.doubts.no_amp"))

@@ -17,6 +17,9 @@ class Reading:
         if self._arrived is not None:
             self._arrived.record()
 
+    def __len__(self) -> int:
+        return len(self._host)
+
     def value(self) -> Tensor:
         """On the CPU, as soon as it is there."""
         if self._arrived is not None:

@@ -87,7 +87,10 @@ class GroupedStep(ABC):
         del optim_wrapper  # the run has one
         is_first = not self._losses
         if is_first:
-            self._losses.extend(self._group_losses(data, self._position()).value().unbind())
+            done = self._position()
+            reading = self._group_losses(data, done)
+            self._prepare(len(reading), done + len(reading))
+            self._losses.extend(reading.value().unbind())
         loss = self._losses.popleft()
         self._end_micro_step(is_first=is_first, is_last=not self._losses)
         return {"loss": loss}
@@ -133,18 +136,19 @@ class GroupedStep(ABC):
         """Count one micro-step and move the weights where a window ends. is_first, is_last: of its group."""
 
     def _take(self, data: Mapping[str, Any], count: int) -> Pass:
-        if self._prepared is not None and self._prepared[0] == id(data):
-            batch = self._prepared[1]
-            self._prepared = None
-            return batch
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] == id(data):
+            return prepared[1]
         rest = self._loader.upcoming(max(0, count - 1))
         return flatten([item["data"] for item in (data, *rest)], self._device, by_sample=self._by_sample)
 
     def _prepare(self, count: int, done: int) -> None:
-        """Collate the group that follows this one of `count`, and send it, while the device computes what it was told.
+        """Collate the group that follows this one of `count`, and send it, while the device computes what it was told; once.
 
         done: micro-steps when the next one begins.
         """
+        if self._prepared is not None:
+            return
         waiting, size = count - 1, self._size(done)
         items = self._loader.upcoming(waiting + size)[waiting:] if size > 0 else []
         if len(items) == size and items:
@@ -176,7 +180,6 @@ class PlainStep(GroupedStep):
             losses: Tensor = self._model(batch, self._seed(), mode="loss")["loss"]
             reading = Reading(losses)
             self._optimizer.backward(self._optimizer.scale_loss(losses.sum()))
-        self._prepare(batch.micro_batches, done)
         return reading
 
     def _end_micro_step(self, *, is_first: bool, is_last: bool) -> None:
