@@ -12,7 +12,7 @@ from torch import distributed
 
 from core.runs.pace import Pace
 from core.xtuner.runtime.checkpoint import WholeCheckpointHook
-from core.xtuner.runtime.ranks import new_group
+from core.xtuner.runtime.ranks import is_one_machine, new_group
 
 _WINDOW_SECONDS: Final = 45.0
 """How long a stop waits for the end of the accumulation window, whose gradients no checkpoint holds."""
@@ -22,7 +22,8 @@ class LiveHook(Hook):  # type: ignore[misc]
     """One line a micro-step in metrics.jsonl: raw values, the loss as mean over ranks.
 
     The loss of this rank is known already (mmengine reads it for its log). With several ranks, loss and tokens travel in one
-    asynchronous all-reduce that is read a step later. It goes past the GPUs, where it would wait for all that was sent to them before.
+    asynchronous all-reduce that is read a step later. On one machine it goes past the GPUs, where it would wait for all that was sent
+    to them before.
     """
 
     # Before sample answers (LOW) and validation, which are no part of the step.
@@ -33,6 +34,7 @@ class LiveHook(Hook):  # type: ignore[misc]
         self._stream: Any = None
         self._pending: tuple[dict[str, Any], torch.Tensor, Any] | None = None
         self._group: Any = None
+        self._device = "cpu"
         self._mark = time.perf_counter()
         self._data_seconds = 0.0
         self.will_stop = False
@@ -43,7 +45,10 @@ class LiveHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Any) -> None:
         del runner
         if get_world_size() > 1:
-            self._group = distributed.group.WORLD if distributed.get_backend() == "gloo" else new_group()
+            # Between machines NCCL finds its way where gloo may not: a host's name often stands for its own loopback.
+            by_host = distributed.get_backend() != "gloo" and is_one_machine()
+            self._group = new_group() if by_host else distributed.group.WORLD
+            self._device = "cpu" if distributed.get_backend(self._group) == "gloo" else "cuda"
         if get_rank() == 0:
             self._stream = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until after_train
 
@@ -87,7 +92,7 @@ class LiveHook(Hook):  # type: ignore[misc]
 
     def _send(self, line: dict[str, Any]) -> None:
         told = [line["loss"], line["tokens"], float(self.will_stop)]
-        values = torch.tensor(told, dtype=torch.float64)
+        values = torch.tensor(told, dtype=torch.float64, device=self._device)
         self._pending = (line, values, distributed.all_reduce(values, group=self._group, async_op=True))
 
     def _collect(self) -> None:

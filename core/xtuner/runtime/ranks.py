@@ -80,14 +80,13 @@ def is_one_machine() -> bool:
 
 
 def new_group() -> Any:
-    """A gloo group of its own for all ranks. On one machine by its loopback, whatever its name resolves to. Every rank must call it."""
+    """A gloo group of its own for all ranks of this machine, by its loopback, whatever its name resolves to. Every rank must call it."""
     kept = os.environ.get(_INTERFACE)
-    if is_one_machine():
-        os.environ[_INTERFACE] = "lo"
+    os.environ[_INTERFACE] = "lo"
     try:
         return distributed.new_group(backend="gloo", timeout=_PATIENCE)
     finally:
-        if kept is not None:
-            os.environ[_INTERFACE] = kept
+        if kept is None:
+            del os.environ[_INTERFACE]
         else:
-            os.environ.pop(_INTERFACE, None)
+            os.environ[_INTERFACE] = kept

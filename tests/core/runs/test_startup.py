@@ -80,6 +80,25 @@ print(json.dumps(names))
     return set(json.loads(told.stdout))
 
 
+@pytest.mark.engine
+def test_bitsandbytes_comes_without_the_compiler_which_stays_what_it_was() -> None:
+    code = """
+import sys, torch
+from core.xtuner.runtime.startup import import_bitsandbytes
+kept = torch.compile
+import_bitsandbytes()
+assert torch.compile is kept
+print("bitsandbytes" in sys.modules, "torch._inductor.lowering" in sys.modules)
+sys.modules["bitsandbytes"] = None
+import_bitsandbytes()
+assert torch.compile is kept
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=600
+    )
+    assert told.stdout.split() == ["True", "False"]
+
+
 def test_packages_that_a_run_uses_are_not_left_out(tmp_path: Path) -> None:
     both = {"deepspeed", "bitsandbytes"}
     (tmp_path / "config.json").write_text("{}")

@@ -3,7 +3,10 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from core.runs.pace import Pace
+from core.xtuner.runtime import hooks
 from core.xtuner.runtime.hooks import LiveHook, StopHook
 from tests.slow_disk import Clock, SlowDisk
 
@@ -30,3 +33,24 @@ def test_where_the_disk_answers_at_once_every_step_looks_and_the_first_after_the
     (tmp_path / "stop.request").touch()
     hook.before_train_iter(runner, runner.iter + 1)
     assert live.will_stop, "iteration 10 ends a window"
+
+
+@pytest.mark.parametrize(
+    ("backend", "is_one_machine", "group", "device"),
+    [("nccl", True, "host", "cpu"), ("nccl", False, "world", "cuda"), ("gloo", True, "world", "cpu")],
+)
+def test_losses_go_past_the_gpus_only_where_all_ranks_are_on_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, is_one_machine: bool, group: str, device: str
+) -> None:
+    world = SimpleNamespace(
+        group=SimpleNamespace(WORLD="world"),
+        get_backend=lambda asked=None: "gloo" if asked == "host" else backend,
+    )
+    monkeypatch.setattr(hooks, "distributed", world)
+    monkeypatch.setattr(hooks, "get_world_size", lambda: 2)
+    monkeypatch.setattr(hooks, "get_rank", lambda: 1)
+    monkeypatch.setattr(hooks, "is_one_machine", lambda: is_one_machine)
+    monkeypatch.setattr(hooks, "new_group", lambda: "host")
+    live = LiveHook(str(tmp_path))
+    live.before_train(None)
+    assert (live._group, live._device) == (group, device)
